@@ -117,12 +117,12 @@ def _problem(error: Any, schema: dict[str, Any], data: Any, where: str) -> str:
         return f"{place}: missing; give it a value"
     if kind == "union_tag_invalid":
         tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "").split(", ")
-        return f"{place}.kind: no {path[-1] if path else 'choice'} is called '{tag}'{nearest(tag, known)}"
+        return f"{place}.kind: no {_noun(path)} is called '{tag}'{nearest(tag, known)}"
     if kind == "union_tag_not_found":
         return f"{place}.kind: missing; say which kind"
     if kind == "value_error":
         return f"{place}: {error['ctx']['error']}"
-    wanted = error["msg"].replace("Input should be", "wanted").replace("valid ", "")
+    wanted = error["msg"].replace("Input should be", "wanted").replace("a valid integer", "an integer")
     return f"{place}: {wanted[0].lower()}{wanted[1:]}, found {found}"
 
 
@@ -148,6 +148,13 @@ def _deref(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     if "$ref" in node:
         return _deref(schema["$defs"][node["$ref"].rsplit("/", 1)[1]], schema)
     return node
+
+
+def _noun(path: list[str]) -> str:
+    """Return what a choice at `path` is: its key, but a task's kind is a stage and a list's item is one of its name."""
+    if path[-2:-1] == ["tasks"]:
+        return "stage"
+    return next((key.removesuffix("s") for key in reversed(path) if not key.isdigit()), "choice")
 
 
 def _show(value: Any) -> str:
