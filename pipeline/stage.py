@@ -1,0 +1,256 @@
+"""What a stage is, and all that it may know about where it runs.
+
+A stage is a `Choice` whose fields are its settings. `run` does one rank's work; `finish` is called once, after all
+ranks, and may check and complete the numbers before the artifact is published.
+"""
+
+import json
+import os
+import time
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from pipeline.artifact import WORK, Artifact, FileRecord, atomic, record_file, write_json
+from pipeline.env import Ranks
+from pipeline.errors import Preempted
+from pipeline.settings import Choice, Settings, decode, encode
+from pipeline.track import Tracker
+
+Stats = dict[str, Any]
+
+
+class Parallel(Settings):
+    """How a training task is spread over its ranks.
+
+    Attributes:
+        zero: ZeRO stage (Rajbhandari et al. 2020): what is partitioned over the data-parallel ranks.
+        deepspeed: Merged last into DeepSpeed's JSON; refused where it contradicts a typed setting.
+    """
+
+    zero: Literal[1, 2, 3] = 1
+    deepspeed: dict[str, Any] = {}
+
+
+class Run(Choice):
+    """How a task runs. Nothing here may change a result beyond rounding, and nothing here is hashed.
+
+    Attributes:
+        ranks: Processes of a task that can use several.
+        threads: Processor threads of each rank; null shares the machine's processors among its ranks.
+        microbatch_sequences: Sequences that a rank feeds at once; null feeds its share of the batch at once.
+        checkpoint_every_steps: Steps between two checkpoints.
+        keep_checkpoints: How many of the newest checkpoints stay.
+    """
+
+    ranks: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    microbatch_sequences: int | None = Field(default=None, ge=1)
+    checkpoint_every_steps: int = Field(default=100, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    parallel: Parallel = Parallel()
+
+
+class Output:
+    """Files and numbers of a task, or of one unit of its work, that will go into the manifest."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files: dict[str, FileRecord] = {}
+        self.stats: Stats = Counter()
+
+    @contextmanager
+    def write(self, name: str) -> Iterator[Path]:
+        """Give a path to write a file to; on success the file is durable, named `name` and in the manifest."""
+        with atomic(self.directory / name) as temporary:
+            yield temporary
+            self.files[name] = record_file(temporary)
+
+    def add(self, name: str) -> None:
+        """Put a file that is already in the directory into the manifest."""
+        self.files[name] = record_file(self.directory / name)
+
+    def save(self, path: Path) -> None:
+        """Leave a durable note of what was made."""
+        write_json(path, encode(OutputRecord(files=self.files, stats=self.stats)))
+
+
+class OutputRecord(Settings):
+    """The note that a rank leaves of its own output or of a finished unit."""
+
+    files: dict[str, FileRecord]
+    stats: dict[str, Any]
+
+
+class Unit(Output):
+    """One unit of a data stage's work: skipped after a restart once it is finished."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        super().__init__(directory)
+        self.name = name
+
+
+class Stage(Choice):
+    """Turns input artifacts into one output artifact.
+
+    Class attributes:
+        version: Raised by hand when the results change; part of the fingerprint.
+        produces: Kind of artifact that it makes.
+        ranks: "one" process; any number of them that share "units" of work; or a process "group".
+    """
+
+    version: ClassVar[int] = 1
+    produces: ClassVar[str]
+    ranks: ClassVar[Literal["one", "units", "group"]] = "one"
+
+    @abstractmethod
+    def run(self, ctx: "Context") -> None:
+        """Do this rank's share of the work."""
+
+    def finish(self, ctx: "Context", stats: Stats) -> Stats:
+        """Check and complete the summed statistics of all ranks before they are published."""
+        return stats
+
+    def check(self, upstream: Mapping[str, "Stage"]) -> Iterator[tuple[str, str]]:
+        """Yield (setting, problem) for what cannot work; `upstream` has the stage that makes each input, by field."""
+        return iter(())
+
+    def disk_bytes(self, input_bytes: int, run: Run) -> int:
+        """Return an estimate of the disk space that the output needs, given the size of all inputs."""
+        return input_bytes
+
+    @classmethod
+    def headline(cls, stats: Stats) -> tuple[str, str]:
+        """Return how much was done ("515 documents") and the number that matters ("12 dropped")."""
+        return "", ""
+
+    @classmethod
+    def show(cls, artifact: Artifact) -> Iterator[str]:
+        """Yield the lines that a person who ran this stage alone wants to read at its end."""
+        return iter(())
+
+
+@dataclass
+class Context:
+    """One rank's view of its task.
+
+    Attributes:
+        inputs: The open artifacts, by the dotted path of the setting that names each.
+        open_tracker: Opens the tracker of this artifact, given the step to continue after.
+        should_stop: Whether somebody asked this rank to stop.
+    """
+
+    task: str
+    directory: Path
+    inputs: Mapping[str, Artifact]
+    settings: Run
+    ranks: Ranks = field(default_factory=Ranks)
+    open_tracker: Callable[[int], Tracker] = lambda step: Tracker()
+    should_stop: Callable[[], bool] = lambda: False
+    output: Output = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.output = Output(self.directory)
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return self.ranks.rank
+
+    def units(self, names: Sequence[str], noun: str) -> Iterator[Unit]:
+        """Yield this rank's unfinished units; each is recorded as finished when the loop comes back for the next.
+
+        Rank r of w takes units r, r + w, …; what is written must not depend on which rank does it.
+
+        Raises:
+            Preempted: Between two units, when somebody asked for a stop.
+        """
+        mine = names[self.ranks.rank :: self.ranks.world_size]
+        progress = self.progress(len(mine), noun)
+        for name in mine:
+            note = self.directory / WORK / "units" / f"{name}.json"
+            if not note.exists():
+                if self.should_stop():
+                    raise Preempted(f"{self.task}: stopped as asked; the finished {noun} stay")
+                unit = Unit(self.directory, name)
+                yield unit
+                unit.save(note)
+            progress.advance()
+        progress.close()
+
+    def progress(self, total: int, noun: str, start: int = 0) -> "Progress":
+        """Return a progress line for `total` things; only rank 0 shows it."""
+        return Progress(self.task, total, noun, start, show=self.rank == 0)
+
+    def log(self, message: str) -> None:
+        """Print one line."""
+        if self.rank == 0:
+            print(f"{self.task}: {message}", flush=True)
+
+
+def read_outputs(directory: Path) -> tuple[dict[str, FileRecord], Stats]:
+    """Merge what all ranks and units left in `work/`: their files, and the sums of their counts."""
+    files: dict[str, FileRecord] = {}
+    stats: Stats = {}
+    for path in sorted((directory / WORK).glob("units/*.json")) + sorted((directory / WORK).glob("ranks/*.json")):
+        record = decode(OutputRecord, json.loads(path.read_text()))
+        files.update(record.files)
+        for name, value in record.stats.items():
+            counted = isinstance(value, int | float) and name in stats
+            stats[name] = stats[name] + value if counted else value
+    return files, stats
+
+
+class Progress:
+    """One line that says how far a long piece of work is, its rate and the time left.
+
+    Redrawn in place on a terminal (the launcher passes on whether there is one), else a line every 15 seconds.
+    """
+
+    def __init__(self, task: str, total: int, noun: str, start: int, show: bool) -> None:
+        self.task, self.total, self.noun, self.show = task, total, noun, show
+        self.done, self.start, self.began = start, start, time.monotonic()
+        self.redraw = terminal_width() is not None
+        self.shown = self.began if not self.redraw else 0.0
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count `count` more done; `note` follows the rate."""
+        self.done += count
+        now = time.monotonic()
+        if self.show and now - self.shown >= (0.2 if self.redraw else 15.0):
+            self.shown = now
+            self._draw(now - self.began, note)
+
+    def close(self) -> None:
+        """Take the line off the terminal."""
+        if self.show and self.redraw:
+            print("\r\x1b[2K", end="", flush=True)
+
+    def _draw(self, elapsed_s: float, note: str) -> None:
+        rate = (self.done - self.start) / max(elapsed_s, 1e-9)
+        left = clock((self.total - self.done) / rate) if rate else "?"
+        share = f"{100 * self.done / self.total:.0f} %" if self.total else ""
+        line = f"{self.task}  {self.done:,}/{self.total:,} {self.noun}  {share}  {rate:,.1f}/s  {left} left  {note}"
+        if self.redraw:
+            print(f"\r\x1b[2K{line[: (terminal_width() or 80) - 1]}", end="", flush=True)
+        else:
+            print(line, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as 1:05 or 2:03:04."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def terminal_width() -> int | None:
+    """Return the width of the terminal that the launcher writes to, or null where it is none."""
+    width = os.environ.get("PIPELINE_TERMINAL_WIDTH")
+    return int(width) if width else None
