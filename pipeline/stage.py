@@ -103,10 +103,12 @@ class Stage(Choice):
         version: Raised by hand when the results change; part of the fingerprint.
         produces: Kind of artifact that it makes.
         ranks: "one" process; any number of them that share "units" of work; or a process "group".
+        result: What a person opens of its artifact, relative to its directory; its path ends a job's output.
     """
 
     version: ClassVar[int] = 1
     produces: ClassVar[str]
+    result: ClassVar[str | None] = None
     ranks: ClassVar[Literal["one", "units", "group"]] = "one"
 
     @abstractmethod
@@ -117,7 +119,7 @@ class Stage(Choice):
         """Check and complete the summed statistics of all ranks before they are published."""
         return stats
 
-    def check(self, upstream: Mapping[str, "Stage"]) -> Iterator[tuple[str, str]]:
+    def check(self, upstream: Mapping[str, "Stage"], run: Run) -> Iterator[tuple[str, str]]:
         """Yield (setting, problem) for what cannot work; `upstream` has the stage that makes each input, by field."""
         return iter(())
 
@@ -142,7 +144,7 @@ class Context:
 
     Attributes:
         inputs: The open artifacts, by the dotted path of the setting that names each.
-        open_tracker: Opens the tracker of this artifact, given the step to continue after.
+        open_tracker: Opens the tracker of this artifact, given the step to continue after; `tracker` calls it once.
         should_stop: Whether somebody asked this rank to stop.
     """
 
@@ -151,12 +153,24 @@ class Context:
     inputs: Mapping[str, Artifact]
     settings: Run
     ranks: Ranks = field(default_factory=Ranks)
-    open_tracker: Callable[[int], Tracker] = lambda step: Tracker()
+    open_tracker: Callable[[int], Tracker] = lambda after_step: Tracker()
     should_stop: Callable[[], bool] = lambda: False
     output: Output = field(init=False)
+    _tracker: Tracker | None = None
 
     def __post_init__(self) -> None:
         self.output = Output(self.directory)
+
+    def tracker(self, after_step: int) -> Tracker:
+        """Return where numbers go, opened at the first call; on ranks other than 0 they go nowhere."""
+        if self._tracker is None:
+            self._tracker = self.open_tracker(after_step) if self.rank == 0 else Tracker()
+        return self._tracker
+
+    def close_tracker(self, failed: bool) -> None:
+        """Write out what the tracker holds back, if one was opened."""
+        if self._tracker is not None:
+            self._tracker.close(failed)
 
     @property
     def rank(self) -> int:

@@ -135,16 +135,16 @@ class TensorBoardTracker(Tracker):
                 "tracker.kind: tensorboard is not installed; install the extra 'tensorboard' or choose tracker=jsonl"
             ) from None
         # purge_step hides the numbers that a killed try logged after its last checkpoint
-        self.writer = SummaryWriter(str(directory), purge_step=after_step + 1 if after_step else None)  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(directory), purge_step=after_step + 1 if after_step else None)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write each number."""
         for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(name, value, step)
 
     def close(self, failed: bool = False) -> None:
         """Flush and close the event file."""
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 class WandbTracker(Tracker):

@@ -1,0 +1,53 @@
+"""`python -m pipeline job=NAME | stage=KIND [key=value …] [--plan]`."""
+
+import sys
+from typing import Any
+
+from pipeline.errors import ConfigError, PipelineError
+
+
+def main() -> None:
+    """Run the command line; end with the exit status of what happened."""
+    from pipeline.compose import compose
+
+    try:
+        status = compose(sys.argv[1:], act)
+    except PipelineError as error:
+        status = _say(error)
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
+
+
+def act(data: dict[str, Any], job: str | None, overrides: list[str]) -> int:
+    """Plan one composed command and run it; return its exit status."""
+    from pipeline.operate import print_end, print_plan
+    from pipeline.plan import Command, execute, plan
+    from pipeline.settings import decode
+
+    try:
+        command = decode(Command, data)
+        tasks = plan(command, job)
+        if command.plan:
+            print_plan(tasks, command, job)
+            return 0
+        ran = [task.name for task in tasks if task.done is None]
+        try:
+            execute(tasks, command, job)
+        finally:
+            print_end(tasks, ran, command, job, overrides)
+    except PipelineError as error:
+        return _say(error)
+    return 0
+
+
+def _say(error: PipelineError) -> int:
+    """Print an error and return its exit status."""
+    problems = error.problems if isinstance(error, ConfigError) else (str(error),)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return error.exit_status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The only door to DeepSpeed's engine, and the only writer of its JSON."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import ConfigError
+from pipeline.parallel.mesh import BatchShape, DataParallelUnit
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["fp32", "bf16"]
+GROUP_TIMEOUT = timedelta(minutes=10)  # well above a checkpoint's time, well below torch's half hour
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """All that goes into DeepSpeed's JSON.
+
+    Attributes:
+        clip_norm: Largest global gradient norm; null does not clip.
+        extra: `run.parallel.deepspeed`, merged last.
+    """
+
+    batch: BatchShape
+    zero: int
+    precision: Precision
+    clip_norm: float | None
+    extra: Mapping[str, Any]
+
+
+def deepspeed_json(settings: EngineSettings) -> dict[str, Any]:
+    """Return DeepSpeed's configuration.
+
+    Raises:
+        ConfigError: If `extra` contradicts a typed setting.
+    """
+    ours: dict[str, Any] = {
+        "train_batch_size": settings.batch.rows,
+        "train_micro_batch_size_per_gpu": settings.batch.microbatch,
+        "gradient_accumulation_steps": settings.batch.accumulation,
+        "gradient_clipping": settings.clip_norm or 0.0,
+        "steps_per_print": 10**12,
+        "zero_optimization": {"stage": settings.zero},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if settings.precision == "bf16":
+        ours |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    clashes = list(_clashes(settings.extra, ours))
+    if clashes:
+        raise ConfigError(*(f"run.parallel.deepspeed.{key}: contradicts a typed setting; set that" for key in clashes))
+    return _merge(ours, settings.extra)
+
+
+def _clashes(extra: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
+    typed = {"fp16", "bf16", "data_types", "optimizer", "scheduler"} | set(ours) - {"zero_optimization"}
+    yield from (key for key in extra if key in typed)
+    zero, stage = extra.get("zero_optimization", {}), ours["zero_optimization"]["stage"]
+    if not isinstance(zero, Mapping) or zero.get("stage", stage) != stage:
+        yield "zero_optimization.stage"
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+@contextmanager
+def process_group() -> Iterator[DataParallelUnit]:
+    """Join the ranks of this task, from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, for the time of the block."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DeepSpeed's and torch's own deprecations
+        import deepspeed
+        import deepspeed.ops
+
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+        if not torch.cuda.is_available():
+            # Note: else DeepSpeed compiles an operator that only inference needs: a minute, and a compiler
+            deepspeed.ops.__compatible_ops__ = {}
+        deepspeed.init_distributed(timeout=GROUP_TIMEOUT, verbose=False)
+        try:
+            yield DataParallelUnit(GROUP_TIMEOUT)
+        finally:
+            # Note: not torch's own, which leaves DeepSpeed with a group that is not registered
+            deepspeed.comm.destroy_process_group()
+
+
+def build_engine(
+    model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", settings: EngineSettings, mpu: DataParallelUnit
+) -> Any:
+    """Return the DeepSpeed engine that trains `model`."""
+    import deepspeed
+
+    learning = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, model_parameters=learning, config=deepspeed_json(settings), mpu=mpu
+    )
+    return engine
+
+
+def full_weights(engine: Any) -> dict[str, "torch.Tensor"]:
+    """Return a copy of all weights in fp32 (the master copies where training was in bf16), on every rank."""
+    import torch
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.data
+        weights[name] = full.detach().to("cpu", torch.float32).clone()
+    return weights

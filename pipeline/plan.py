@@ -1,0 +1,267 @@
+"""A job made concrete: checked, ordered tasks with fingerprints and directories, and their execution in that order."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.artifact import MANIFEST, WORK, Artifact, open_artifact, read_manifest, write_json
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.launch import AnyRun
+from pipeline.launch.local import Local, launch, locked
+from pipeline.settings import Input, Settings, Source, decode, encode, fingerprint, marked, nearest
+from pipeline.stage import Stage
+from pipeline.stages import AnyStage
+from pipeline.text.sources import identify
+from pipeline.track import AnyTracker, Jsonl
+from pipeline.worker import FrozenTask, publish
+
+
+class Command(Settings):
+    """Everything that a command line and its YAML files say.
+
+    Attributes:
+        root: Directory of all artifacts.
+        plan: Only say what would be done.
+        stage: One stage to run alone, or
+        tasks: the stages of a job by task name; an input `@name` is the output of that task.
+    """
+
+    root: str = "artifacts"
+    plan: bool = False
+    stage: AnyStage | None = None
+    tasks: dict[str, AnyStage] = Field(default={})
+    run: AnyRun = Local()
+    tracker: AnyTracker = Jsonl()
+
+
+class StageHolder(Settings):
+    """Decodes the stage settings in a manifest."""
+
+    stage: AnyStage
+
+
+@dataclass
+class Task:
+    """One stage of a job.
+
+    Attributes:
+        where: Dotted path of its settings.
+        needs: The tasks whose output it reads, by the dotted path of the setting that names each.
+        inputs: Directory of each input, by the same.
+        done: Its artifact, if that is complete.
+        why: Why it must run, if it is not.
+    """
+
+    name: str
+    where: str
+    stage: Stage
+    needs: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, Path] = field(default_factory=dict)
+    fingerprint: str = ""
+    directory: Path = Path()
+    done: Artifact | None = None
+    why: str = ""
+
+
+def plan(command: Command, job: str | None) -> list[Task]:
+    """Return the tasks of a command in an order in which they can run, each with its state.
+
+    Raises:
+        ConfigError: With every problem that is known without running anything.
+        ArtifactError: If an input from outside is missing, damaged or of the wrong kind.
+    """
+    if job is None and command.stage is None:
+        raise ConfigError("nothing to do: say job=NAME or stage=KIND; python -m pipeline --help lists both")
+    if command.stage is not None and command.tasks:
+        raise ConfigError("stage: a job brings its own stages; say either job=NAME or stage=KIND")
+    if command.stage is not None:
+        tasks = {command.stage.kind: Task(command.stage.kind, "stage", command.stage)}
+    else:
+        tasks = {name: Task(name, f"tasks.{name}", stage) for name, stage in command.tasks.items()}
+    _connect(tasks)
+    ordered = _order(tasks)
+    outside = {task.name: _open_outside(task) for task in ordered}
+    _check(ordered, tasks, outside, command)
+    for task in ordered:
+        _place(task, tasks, outside[task.name], Path(command.root), job)
+    return ordered
+
+
+def execute(tasks: list[Task], command: Command, job: str | None) -> None:
+    """Run what is not done, in order, and lead `<root>/jobs/<job>/<task>` to each artifact.
+
+    Raises:
+        PipelineError: The first failure; the artifacts of the tasks before it stay.
+    """
+    for task in tasks:
+        if task.done is None:
+            task.done = _run(task, command, job)
+        if job is not None:
+            _link(Path(command.root) / "jobs" / job / task.name, task.done.path)
+
+
+def _connect(tasks: Mapping[str, Task]) -> None:
+    """Tell references to tasks from paths, and refuse references that cannot be."""
+    problems = []
+    for task in tasks.values():
+        for name, mark, value in marked(task.stage, Input):
+            place = f"{task.where}.{name}"
+            if not value.startswith("@"):
+                task.inputs[name] = Path(value)
+                continue
+            other = tasks.get(value[1:])
+            if other is None:
+                problems.append(f"{place}: no task is called '{value[1:]}'{nearest(value[1:], list(tasks))}")
+            elif other.stage.produces not in mark.kinds and mark.kinds:
+                wanted = " or ".join(mark.kinds)
+                problems.append(
+                    f"{place}: wanted an artifact of kind {wanted}, but task '{other.name}' makes one of "
+                    f"kind '{other.stage.produces}'"
+                )
+            else:
+                task.needs[name] = other.name
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _order(tasks: Mapping[str, Task]) -> list[Task]:
+    graph = {name: dict.fromkeys(task.needs.values()) for name, task in tasks.items()}
+    try:
+        return [tasks[name] for name in TopologicalSorter(graph).static_order()]
+    except CycleError as error:
+        cycle = " → ".join(reversed(error.args[1]))
+        raise ConfigError(f"tasks: these need one another, so none can be first: {cycle}") from None
+
+
+def _open_outside(task: Task) -> dict[str, Artifact]:
+    kinds = {name: mark.kinds for name, mark, _ in marked(task.stage, Input)}
+    return {
+        name: open_artifact(path.resolve() if path.exists() else path, *kinds[name], where=f"{task.where}.{name}")
+        for name, path in task.inputs.items()
+    }
+
+
+def _check(
+    ordered: list[Task], tasks: Mapping[str, Task], outside: Mapping[str, Mapping[str, Artifact]], command: Command
+) -> None:
+    """Let every stage look for what cannot work, given the settings of what makes its inputs."""
+    problems = []
+    for task in ordered:
+        upstream = {name: tasks[other].stage for name, other in task.needs.items()}
+        for name, artifact in outside[task.name].items():
+            upstream[name] = decode(StageHolder, {"stage": artifact.manifest.stage}, where=str(artifact.path)).stage
+        problems += [f"{task.where}.{name}: {problem}" for name, problem in task.stage.check(upstream, command.run)]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _place(task: Task, tasks: Mapping[str, Task], outside: Mapping[str, Artifact], root: Path, job: str | None) -> None:
+    """Give a task its fingerprint, directory and state."""
+    identities: dict[str, Any] = {name: artifact.manifest.fingerprint for name, artifact in outside.items()}
+    identities |= {name: tasks[other].fingerprint for name, other in task.needs.items()}
+    identities |= {name: identify(value) for name, _, value in marked(task.stage, Source)}
+    settings = encode(task.stage)
+    for name, identity in identities.items():
+        _put(settings, name, identity)
+    task.fingerprint = fingerprint({"stage": settings, "version": task.stage.version})
+    task.directory = root / task.stage.produces / f"{task.name}-{task.fingerprint}"
+    for path in [task.directory, *sorted(task.directory.parent.glob(f"*-{task.fingerprint}"))]:
+        if (path / MANIFEST).is_file():
+            task.done, task.directory = open_artifact(path, task.stage.produces), path
+            break
+    task.inputs = {name: artifact.path for name, artifact in outside.items()}
+    task.inputs |= {name: tasks[other].directory for name, other in task.needs.items()}
+    if task.done is None:
+        link = root / "jobs" / (job or "") / task.name
+        task.why = _why(task, [other for other in task.needs.values() if tasks[other].done is None], link)
+
+
+def _put(data: Any, path: str, value: Any) -> None:
+    """Replace the item at a dotted path of nested lists and mappings."""
+    *parents, last = path.split(".")
+    for key in parents:
+        data = data[int(key)] if isinstance(data, list) else data[key]
+    data[int(last) if isinstance(data, list) else last] = value
+
+
+def _why(task: Task, waiting_for: list[str], link: Path) -> str:
+    if (task.directory / WORK / "task.json").exists():
+        return "unfinished: continues"
+    if waiting_for:
+        return f"after {', '.join(dict.fromkeys(waiting_for))}"
+    if not (link / MANIFEST).is_file():
+        return "never made"
+    changed = list(_differences(read_manifest(link).stage, encode(task.stage), ""))
+    return "; ".join(changed) if changed else "its input or its code changed"
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
+    """Yield "key old → new" for every setting that is not the same."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path} {json.dumps(old)} → {json.dumps(new)}"
+
+
+def _run(task: Task, command: Command, job: str | None) -> Artifact:
+    began = time.monotonic()
+    num_ranks = 1 if task.stage.ranks == "one" else command.run.ranks
+    _check_disk(task, command)
+    with locked(task.directory) as lock:
+        if not (task.directory / MANIFEST).exists():  # another run may have made it while this one waited
+            frozen = _freeze(task, command, job)
+            launch(task.directory, num_ranks, command.run, lock)
+            publish(frozen, time.monotonic() - began, num_ranks)
+    return open_artifact(task.directory, task.stage.produces)
+
+
+def _freeze(task: Task, command: Command, job: str | None) -> FrozenTask:
+    """Write down the task for its ranks, and clear what a killed try left half-written."""
+    frozen = FrozenTask(
+        name=task.name,
+        job=job,
+        stage=task.stage,
+        inputs={name: str(path) for name, path in task.inputs.items()},
+        fingerprint=task.fingerprint,
+        directory=str(task.directory),
+        run=command.run,
+        tracker=command.tracker,
+    )
+    for directory in ("units", "ranks"):
+        (task.directory / WORK / directory).mkdir(exist_ok=True)
+    for path in task.directory.glob("*.tmp"):
+        path.unlink()
+    write_json(task.directory / WORK / "task.json", encode(frozen))
+    return frozen
+
+
+def _check_disk(task: Task, command: Command) -> None:
+    artifacts = [open_artifact(path) for path in task.inputs.values()]
+    input_bytes = sum(record.bytes for artifact in artifacts for record in artifact.manifest.files.values())
+    input_bytes += sum(int(size) for _, _, value in marked(task.stage, Source) for _, size, _ in identify(value))
+    need = task.stage.disk_bytes(input_bytes, command.run)
+    root = Path(command.root)
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free
+    if need > free:
+        raise ArtifactError(
+            f"{task.where}: needs about {need / 1e9:.1f} GB in {root}, which has {free / 1e9:.1f} GB free; "
+            "make room or choose another root=DIR"
+        )
+
+
+def _link(link: Path, target: Path) -> None:
+    """Lead `link` to `target` in one step, whatever was there."""
+    link.parent.mkdir(parents=True, exist_ok=True)
+    temporary = link.with_name(link.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(Path("../..") / target.relative_to(link.parent.parent.parent))
+    temporary.replace(link)

@@ -1,0 +1,101 @@
+"""Evaluation of a language model on the documents that its pretraining held out."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from pipeline.artifact import write_json
+from pipeline.errors import ArtifactError
+from pipeline.settings import Input
+from pipeline.stage import Context, Run, Stage, Stats
+from pipeline.stages.pretrain import TOKENIZER
+
+if TYPE_CHECKING:
+    from pipeline.artifact import Artifact
+    from pipeline.text.loader import TokenStream
+
+
+class Evaluate(Stage):
+    """Held-out loss, perplexity and bits per byte, beside a model that knows only how often each byte occurs.
+
+    The held-out documents are those of the model's own pretraining, chosen by the same rule.
+
+    Attributes:
+        batch_sequences: Sequences fed at once.
+    """
+
+    version: ClassVar[int] = 1
+    produces: ClassVar[str] = "report"
+
+    kind: Literal["evaluate"] = "evaluate"
+    model: Annotated[str, Input("model")]
+    tokens: Annotated[str, Input("tokens")]
+    batch_sequences: int = Field(default=16, ge=1)
+
+    def disk_bytes(self, input_bytes: int, run: Run) -> int:
+        """A small file."""
+        return 1 << 20
+
+    @classmethod
+    def headline(cls, stats: Stats) -> tuple[str, str]:
+        """Return how much was read, and bits per byte beside the byte-unigram model's."""
+        amount = f"{stats['documents']:,} documents, {stats['tokens']:,} tokens"
+        unigram = stats["byte_unigram_bits_per_byte"]
+        return amount, f"{stats['bits_per_byte']:.3f} bits per byte (byte unigram {unigram:.3f})"
+
+    def run(self, ctx: Context) -> None:
+        """Score all held-out documents and write `metrics.json`."""
+        from pipeline.models.transformer import Transformer, load_model
+        from pipeline.text.loader import TokenStream
+        from pipeline.training.metrics import score
+
+        source, tokens = ctx.inputs["model"], ctx.inputs["tokens"]
+        check_tokenizer(source, tokens)
+        for name in source.names:
+            source.file(name)
+        model = load_model(source.path)
+        settings = source.manifest.stage
+        if not isinstance(model, Transformer) or settings["kind"] != "pretrain":
+            raise ArtifactError(f"{source.path}: wanted a pretrained language model, found one of '{settings['kind']}'")
+        paths = [tokens.file(name) for name in tokens.parts()]
+        held = TokenStream(paths, settings["validation_fraction"], held=True)
+        if not held.num_documents:
+            raise ArtifactError(f"{tokens.path}: holds no document that the model's pretraining held out")
+        result = score(model, held, settings["seq_len"], self.batch_sequences, tokens.stats["end_of_text_id"])
+        metrics = {
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte(held),
+            "byte_unigram_bits_per_byte": _byte_unigram(held, tokens),
+            "documents": held.num_documents,
+            "tokens": held.num_tokens,
+            "bytes": held.num_bytes,
+        }
+        with ctx.output.write("metrics.json") as path:
+            write_json(path, metrics)
+        ctx.output.stats |= metrics
+
+
+def check_tokenizer(model: "Artifact", tokens: "Artifact") -> None:
+    """Refuse tokens that were not made with the model's tokenizer. Raises ArtifactError."""
+    if model.manifest.files.get(TOKENIZER) != tokens.manifest.files.get(TOKENIZER):
+        raise ArtifactError(
+            f"{tokens.path}: its tokenizer (vocabulary of {tokens.stats['vocab_size']}) is not the one that "
+            f"{model.path} was trained with (vocabulary of {model.stats['vocab_size']}); tokenize with that one"
+        )
+
+
+def _byte_unigram(held: "TokenStream", tokens: "Artifact") -> float:
+    """Return the entropy of single bytes in the held-out text itself: no byte-unigram model can do better on it."""
+    from collections import Counter
+
+    from pipeline.text.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(tokens.file(TOKENIZER))
+    counts: Mapping[int, int] = Counter()
+    for index in range(held.num_documents):
+        counts.update(tokenizer.decode(held.document(index).tolist(), skip_special_tokens=True).encode())  # type: ignore[attr-defined]
+    total = sum(counts.values())
+    return -sum(n / total * math.log2(n / total) for n in counts.values())

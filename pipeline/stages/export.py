@@ -1,0 +1,69 @@
+"""Export of a language model to the Hugging Face layout, checked by loading it back."""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from pipeline.errors import ArtifactError
+from pipeline.models.config import unexportable
+from pipeline.settings import Input
+from pipeline.stage import Context, Run, Stage, Stats
+from pipeline.stages.finetune import Finetune
+from pipeline.stages.pretrain import TOKENIZER, Pretrain
+
+
+class Export(Stage):
+    """Writes what `transformers.AutoModelForCausalLM.from_pretrained` loads, and compares its logits with ours.
+
+    Attributes:
+        max_logit_difference: Largest difference in fp32 that passes.
+    """
+
+    version: ClassVar[int] = 1
+    produces: ClassVar[str] = "export"
+    result: ClassVar[str | None] = ""
+
+    kind: Literal["export"] = "export"
+    model: Annotated[str, Input("model")]
+    max_logit_difference: float = Field(default=1e-4, gt=0)
+
+    def check(self, upstream: Mapping[str, Stage], run: Run) -> Iterator[tuple[str, str]]:
+        """Refuse models that no layout of transformers can express."""
+        made_by = upstream["model"]
+        if isinstance(made_by, Finetune):
+            yield "model", "wanted a language model; classifiers are not exported yet"
+        if isinstance(made_by, Pretrain) and (reason := unexportable(made_by.model)):
+            yield "model", reason
+
+    @classmethod
+    def headline(cls, stats: Stats) -> tuple[str, str]:
+        """Return the number of parameters, and the largest logit difference."""
+        difference = stats["max_logit_difference"]
+        return f"{stats['parameters'] / 1e6:.1f} M parameters", f"largest logit difference {difference:.1e}"
+
+    def run(self, ctx: Context) -> None:
+        """Write the files, load them with transformers, and compare."""
+        import tempfile
+        from pathlib import Path
+
+        from pipeline.models.hf import export_hf
+        from pipeline.models.transformer import Transformer, load_model
+
+        source = ctx.inputs["model"]
+        for name in source.names:
+            source.file(name)
+        model = load_model(source.path)
+        if not isinstance(model, Transformer):
+            raise ArtifactError(f"{source.path}: wanted a language model, found a classifier")
+        with tempfile.TemporaryDirectory(dir=ctx.directory) as scratch:
+            difference = export_hf(model, source.file(TOKENIZER), Path(scratch), source.stats["end_of_text_id"])
+            if not difference <= self.max_logit_difference:
+                raise ArtifactError(
+                    f"{ctx.task}: the exported model's logits differ from ours by {difference:.2e}, more than "
+                    f"{self.max_logit_difference:.0e}; nothing was exported"
+                )
+            for path in sorted(Path(scratch).iterdir()):
+                with ctx.output.write(path.name) as final:
+                    path.rename(final)
+        ctx.output.stats |= {"max_logit_difference": difference, "parameters": model.config.num_params()}

@@ -1,0 +1,247 @@
+"""Fine-tuning a pretrained model to sort texts into classes, against the same model from random weights."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.parallel.engine import Precision
+from pipeline.parallel.mesh import shape_batch
+from pipeline.settings import Input, Source
+from pipeline.stage import Context, Run, Stage, Stats
+from pipeline.stages.pretrain import TOKENIZER, Pretrain
+from pipeline.track import METRICS
+from pipeline.training.optim import AdamW, AnyOptimizer
+from pipeline.training.schedule import AnySchedule, Cosine
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.artifact import Artifact
+    from pipeline.models.transformer import Classifier
+    from pipeline.parallel.mesh import BatchShape, DataParallelUnit
+    from pipeline.training.loop import Batch, Trained
+
+
+class Finetune(Stage):
+    """Trains a classifier on labelled texts, from pretrained weights, and as a baseline from random ones.
+
+    Attributes:
+        data: JSONL file of rows with a text, a label and a split (train, valid or test).
+        trunk: "full" trains all weights; "frozen" only the classifier on top (feature extraction).
+        baseline: Train the same model from random weights too (then always all weights).
+        seq_len: Tokens of a text that are read; what is longer is cut.
+        batch_examples: Texts of one optimizer step, over all ranks.
+        epochs: Passes over the training texts.
+    """
+
+    version: ClassVar[int] = 1
+    produces: ClassVar[str] = "model"
+    ranks: ClassVar[Literal["one", "units", "group"]] = "group"
+
+    kind: Literal["finetune"] = "finetune"
+    model: Annotated[str, Input("model")]
+    data: Annotated[str, Source()]
+    text_field: str = "text"
+    label_field: str = "label"
+    split_field: str = "split"
+    trunk: Literal["full", "frozen"] = "full"
+    baseline: bool = True
+    seq_len: int = Field(default=128, ge=1)
+    batch_examples: int = Field(default=32, ge=1)
+    epochs: int = Field(default=3, ge=1)
+    optimizer: AnyOptimizer = AdamW(lr=5e-4)
+    schedule: AnySchedule = Cosine(warmup_fraction=0.1)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    precision: Precision = "fp32"
+    seed: int = Field(default=0, ge=0)
+
+    def check(self, upstream: Mapping[str, Stage], run: Run) -> Iterator[tuple[str, str]]:
+        """Refuse texts longer than the model's sequences, and batches that do not divide."""
+        made_by = upstream["model"]
+        if isinstance(made_by, Pretrain) and self.seq_len > made_by.model.max_seq_len:
+            yield "seq_len", f"{self.seq_len} is longer than the model's max_seq_len of {made_by.model.max_seq_len}"
+        if isinstance(made_by, Finetune):
+            yield "model", "wanted a language model, but this one is a classifier already"
+        try:
+            shape_batch(self.batch_examples, run.microbatch_sequences, run.ranks)
+        except ConfigError as error:
+            yield "batch_examples", str(error)
+
+    def disk_bytes(self, input_bytes: int, run: Run) -> int:
+        """Weights once, and weights with two moments for every checkpoint of both trainings; the input is the model."""
+        return input_bytes * (1 + 4 * (run.keep_checkpoints + 1) * (2 if self.baseline else 1))
+
+    @classmethod
+    def headline(cls, stats: Stats) -> tuple[str, str]:
+        """Return how many texts were learned from, and the test accuracy beside the baseline's."""
+        result = f"test accuracy {stats['test_accuracy']:.3f}"
+        if "baseline.test_accuracy" in stats:
+            result += f", from random weights {stats['baseline.test_accuracy']:.3f}"
+        return f"{stats['train_examples']:,} examples, {stats['steps']:,} steps", result
+
+    def run(self, ctx: Context) -> None:
+        """Train both classifiers one after the other; rank 0 writes the fine-tuned one."""
+        from pipeline.parallel.engine import full_weights, process_group
+
+        examples = self._read(ctx)
+        steps = -(-len(examples.train) * self.epochs // self.batch_examples)
+        with process_group() as mpu:
+            scores: dict[str, float] = {}
+            if self.baseline:
+                trained = self._train(ctx, mpu, examples, steps, pretrained=False)
+                scores |= {f"baseline.{name}": value for name, value in self._test(trained, examples).items()}
+                trained.engine.destroy()
+            trained = self._train(ctx, mpu, examples, steps, pretrained=True)
+            scores |= self._test(trained, examples)
+            weights = full_weights(trained.engine)
+        if ctx.rank == 0:
+            self._write(ctx, trained.engine.module, weights)
+            ctx.output.stats |= {
+                **scores,
+                "steps": steps,
+                "train_examples": len(examples.train),
+                "valid_examples": len(examples.valid),
+                "test_examples": len(examples.test),
+                "classes": len(examples.labels),
+                "majority.test_accuracy": examples.majority_accuracy(),
+            }
+
+    def _read(self, ctx: Context) -> "Examples":
+        from pipeline.text.labelled import read_labelled
+        from pipeline.text.tokenizers import load_tokenizer
+
+        rows = read_labelled(self.data, self.text_field, self.label_field, self.split_field, f"{ctx.task}.data")
+        tokenizer = load_tokenizer(ctx.inputs["model"].file(TOKENIZER))
+        labels = sorted({row.label for row in rows["train"]})
+        known = {label: number for number, label in enumerate(labels)}
+        splits = {}
+        for split, found in rows.items():
+            unknown = next((row.label for row in found if row.label not in known), None)
+            if unknown is not None:
+                raise ArtifactError(f"{ctx.task}.data: label '{unknown}' of split '{split}' is not in split 'train'")
+            ids = [encoding.ids[: self.seq_len] for encoding in tokenizer.encode_batch([row.text for row in found])]
+            splits[split] = [(tokens, known[row.label]) for tokens, row in zip(ids, found, strict=True)]
+        return Examples(splits["train"], splits["valid"], splits["test"], labels)
+
+    def _train(
+        self, ctx: Context, mpu: "DataParallelUnit", examples: "Examples", steps: int, pretrained: bool
+    ) -> "Trained":
+        from pipeline.training.loop import Recipe, Trainee, train
+
+        model = self._build(ctx.inputs["model"], examples.labels, pretrained)
+        name = "finetune" if pretrained else "baseline"
+        shared = {key: getattr(self, key) for key in Recipe.model_fields if key in type(self).model_fields}
+        recipe = Recipe(**shared, steps=steps, batch_rows=self.batch_examples, validate_every_steps=None)
+        trainee = Trainee(
+            model=model,
+            feed=lambda step, rank, shape: self._feed(examples, step, rank, shape),
+            validate=lambda module: _scores(module, examples.valid, examples.labels, "valid"),
+            checkpoints=ctx.directory / "checkpoints" / name,
+            prefix=f"{name}/",
+            first_step=steps if pretrained and self.baseline else 0,
+        )
+        return train(ctx, mpu, recipe, trainee)
+
+    def _build(self, source: "Artifact", labels: Sequence[str], pretrained: bool) -> "Classifier":
+        from pipeline.models.transformer import Classifier, Transformer, init_weights, load_model
+
+        for name in source.names:
+            source.file(name)
+        trunk = load_model(source.path)
+        if not isinstance(trunk, Transformer):
+            raise ArtifactError(f"{source.path}: wanted a language model, found a classifier")
+        if self.seq_len > trunk.config.max_seq_len:
+            raise ConfigError(f"seq_len: {self.seq_len} is longer than the model's {trunk.config.max_seq_len}")
+        model = Classifier(Transformer(trunk.config), len(labels), labels)
+        init_weights(model, self.seed)
+        if pretrained:
+            model.trunk.load_state_dict(trunk.state_dict())
+            model.trunk.requires_grad_(self.trunk == "full")
+        return model
+
+    def _feed(self, examples: "Examples", step: int, rank: int, shape: "BatchShape") -> "Batch":
+        from pipeline.text.loader import permute
+        from pipeline.training.loop import Batch
+
+        size, first = len(examples.train), (step - 1) * self.batch_examples
+        places = [divmod(place, size) for place in range(first, first + self.batch_examples)]
+        rows = [examples.train[permute(place, size, self.seed, epoch)] for epoch, place in places]
+        microbatches = [_pad(rows[mine]) for mine in shape.microbatches(rank)]
+        return Batch(microbatches, weight=len(rows), tokens=sum(len(ids) for ids, _ in rows))
+
+    def _test(self, trained: "Trained", examples: "Examples") -> dict[str, float]:
+        return {
+            **trained.validation,
+            **_scores(trained.engine.module, examples.test, examples.labels, "test"),
+        }
+
+    def _write(self, ctx: Context, model: "Classifier", weights: "Mapping[str, torch.Tensor]") -> None:
+        from pipeline.models.transformer import save_model
+        from pipeline.training.loop import write_model
+
+        write_model(ctx, lambda directory: save_model(directory, model, weights))
+        with ctx.output.write(TOKENIZER) as path:
+            path.write_bytes(ctx.inputs["model"].file(TOKENIZER).read_bytes())
+        if (ctx.directory / METRICS).exists():
+            ctx.output.add(METRICS)
+
+
+Example = tuple[list[int], int]  # token ids of a text, number of its label
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The labelled texts as token ids, by split."""
+
+    train: list[Example]
+    valid: list[Example]
+    test: list[Example]
+    labels: list[str]
+
+    def majority_accuracy(self) -> float:
+        """Return the test accuracy of always saying the commonest training label."""
+        counts = [0] * len(self.labels)
+        for _, label in self.train:
+            counts[label] += 1
+        return sum(label == counts.index(max(counts)) for _, label in self.test) / len(self.test)
+
+
+def _pad(rows: Sequence[Example]) -> tuple["torch.Tensor", ...]:
+    """Return ids [rows, longest], a mask of the same shape that is true on text, and labels [rows]."""
+    import torch
+
+    longest = max(1, *(len(ids) for ids, _ in rows))
+    ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask_BT = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for row, (ids, _) in enumerate(rows):
+        ids_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+        mask_BT[row, : len(ids)] = True
+    return ids_BT, mask_BT, torch.tensor([label for _, label in rows])
+
+
+def _scores(module: Any, examples: list[Example], labels: Sequence[str], split: str) -> dict[str, float]:
+    """Return loss, accuracy and macro-F1 on a split; every rank scores all of it, so none has to wait for another."""
+    import torch
+
+    from pipeline.training.metrics import accuracy, macro_f1
+
+    was_training, device = module.training, next(module.parameters()).device
+    module.eval()
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))  # little padding
+    predicted, wanted, nats = [], [], 0.0
+    with torch.inference_mode():
+        for first in range(0, len(order), 64):
+            ids, mask, truth = (t.to(device) for t in _pad([examples[i] for i in order[first : first + 64]]))
+            logits = module(ids, mask)
+            nats += torch.nn.functional.cross_entropy(logits.float(), truth, reduction="sum").item()
+            predicted += logits.argmax(-1).tolist()
+            wanted += truth.tolist()
+    module.train(was_training)
+    return {
+        f"{split}_loss": nats / len(wanted),
+        f"{split}_accuracy": accuracy(predicted, wanted),
+        f"{split}_macro_f1": macro_f1(predicted, wanted, len(labels)),
+    }

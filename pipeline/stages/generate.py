@@ -1,0 +1,92 @@
+"""Continuing prompts with a language model."""
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from pipeline.artifact import Artifact
+from pipeline.errors import ArtifactError
+from pipeline.settings import Input
+from pipeline.stage import Context, Run, Stage, Stats
+from pipeline.stages.pretrain import TOKENIZER
+
+SAMPLES = "samples.jsonl"
+
+
+class Generate(Stage):
+    """Continues prompts, with a key-value cache.
+
+    Attributes:
+        prompt: One text, or several.
+        max_new_tokens: Longest continuation; it ends earlier at the end of a text.
+        temperature: Divides the logits before sampling; null always takes the likeliest token (greedy).
+        top_k: Sample from the k likeliest tokens only; null from all.
+        top_p: Sample from the fewest tokens whose probabilities sum to p only (Holtzman et al. 2020); null from all.
+    """
+
+    version: ClassVar[int] = 1
+    produces: ClassVar[str] = "samples"
+
+    kind: Literal["generate"] = "generate"
+    model: Annotated[str, Input("model")]
+    prompt: str | list[str]
+    max_new_tokens: int = Field(default=80, ge=1)
+    temperature: float | None = Field(default=0.8, gt=0)
+    top_k: int | None = Field(default=None, ge=1)
+    top_p: float | None = Field(default=0.95, gt=0, le=1)
+    seed: int = Field(default=0, ge=0)
+
+    def disk_bytes(self, input_bytes: int, run: Run) -> int:
+        """A small file."""
+        return 1 << 20
+
+    @classmethod
+    def headline(cls, stats: Stats) -> tuple[str, str]:
+        """Return how many tokens were made."""
+        return f"{stats['prompts']} prompts", f"{stats['new_tokens']} new tokens"
+
+    @classmethod
+    def show(cls, artifact: Artifact) -> Iterator[str]:
+        """Yield the texts, prompt and continuation."""
+        for line in artifact.file(SAMPLES).read_text().splitlines():
+            sample = json.loads(line)
+            text = sample["prompt"] + sample["continuation"]
+            yield "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+            yield ""
+
+    def run(self, ctx: Context) -> None:
+        """Write one row a prompt to `samples.jsonl`."""
+        from pipeline.models.generate import generate
+        from pipeline.models.transformer import Transformer, load_model
+        from pipeline.text.tokenizers import load_tokenizer
+
+        source = ctx.inputs["model"]
+        for name in source.names:
+            source.file(name)
+        model = load_model(source.path)
+        if not isinstance(model, Transformer):
+            raise ArtifactError(f"{source.path}: wanted a language model, found a classifier")
+        tokenizer = load_tokenizer(source.file(TOKENIZER))
+        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        end_of_text = source.stats["end_of_text_id"]
+        # an empty prompt begins a text: what follows the end of the text before
+        ids = [tokenizer.encode(prompt).ids or [end_of_text] for prompt in prompts]
+        made = generate(
+            model,
+            ids,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            stop_id=end_of_text,
+            seed=self.seed,
+        )
+        rows = [
+            {"prompt": prompt, "continuation": tokenizer.decode(tokens), "new_tokens": len(tokens)}
+            for prompt, tokens in zip(prompts, made, strict=True)
+        ]
+        with ctx.output.write(SAMPLES) as path:
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        ctx.output.stats |= {"prompts": len(prompts), "new_tokens": sum(len(tokens) for tokens in made)}

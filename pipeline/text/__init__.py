@@ -1,0 +1,1 @@
+"""Text: raw files, corpora, filters, tokenizers and token streams. Knows nothing of models and parallelism."""

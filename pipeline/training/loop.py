@@ -1,0 +1,200 @@
+"""The training loop, from top to bottom: restore, then for every step feed, reduce, log, validate, save, stop.
+
+Everything that a step does follows from its number: its rows, its learning rate, its random numbers. So a run that
+is killed anywhere and started again ends, on the same layout, in the same bits.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import Preempted, TrainingError
+from pipeline.parallel.engine import EngineSettings, Precision, build_engine
+from pipeline.parallel.mesh import BatchShape, DataParallelUnit, shape_batch
+from pipeline.settings import Settings
+from pipeline.stage import Context
+from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.training.optim import AnyOptimizer
+from pipeline.training.schedule import AnySchedule
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Recipe(Settings):
+    """What training does, whatever is trained.
+
+    Attributes:
+        batch_rows: Rows (sequences or examples) of one global batch.
+        validate_every_steps: Steps between two validations; null validates at the end only.
+    """
+
+    steps: int
+    batch_rows: int
+    optimizer: AnyOptimizer
+    schedule: AnySchedule
+    clip_norm: float | None
+    precision: Precision
+    validate_every_steps: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch.
+
+    Attributes:
+        microbatches: What the model is called with, one after another; it returns the summed loss of their labels.
+        weight: Number of labels in the whole batch, over all ranks: what the summed loss is divided by.
+        tokens: Tokens of the whole batch, over all ranks.
+    """
+
+    microbatches: list[tuple["torch.Tensor", ...]]
+    weight: int
+    tokens: int
+
+
+@dataclass
+class Trainee:
+    """A model with the functions that feed and test it.
+
+    Attributes:
+        feed: From a step, a rank and the shape of a batch to what that rank feeds.
+        validate: From the model to numbers, the same on every rank.
+        checkpoints: Where its checkpoints go.
+        prefix: Put before the name of every logged number.
+        first_step: Added to every logged step, where one artifact holds several trainings.
+    """
+
+    model: "torch.nn.Module"
+    feed: Callable[[int, int, BatchShape], Batch]
+    validate: Callable[["torch.nn.Module"], Mapping[str, float]]
+    checkpoints: Path
+    prefix: str = ""
+    first_step: int = 0
+
+
+@dataclass
+class Trained:
+    """What came out of training: the engine with the final weights, and the numbers of the last validation."""
+
+    engine: Any
+    validation: Mapping[str, float] = field(default_factory=dict)
+
+
+def train(ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee) -> Trained:
+    """Train until the last step, from the newest checkpoint if there is one.
+
+    Raises:
+        TrainingError: If the loss is no longer finite, or a checkpoint does not fit this layout.
+        Preempted: When a stop was asked for; the state is saved.
+    """
+    run, zero = ctx.settings, ctx.settings.parallel.zero
+    shape = shape_batch(recipe.batch_rows, run.microbatch_sequences, mpu.world)
+    settings = EngineSettings(shape, zero, recipe.precision, recipe.clip_norm, run.parallel.deepspeed)
+    engine = build_engine(trainee.model, recipe.optimizer.build(trainee.model), settings, mpu)
+    start = load_checkpoint(engine, trainee.checkpoints, zero, ctx.log)
+    if start:
+        rate = _rate(recipe, start)
+        ctx.log(f"{trainee.prefix}continues after step {start} of {recipe.steps}, learning rate {rate:.2e}")
+    trained = Trained(engine)
+    progress = ctx.progress(recipe.steps, f"{trainee.prefix}steps", start)
+    for step in range(start + 1, recipe.steps + 1):
+        numbers, stop = _do_step(ctx, mpu, recipe, trainee, engine, shape, step)
+        last = step == recipe.steps
+        if last or (recipe.validate_every_steps and step % recipe.validate_every_steps == 0):
+            trained.validation = trainee.validate(engine.module)
+            numbers |= trained.validation
+        _log(ctx, trainee, step, numbers)
+        progress.advance(1, f"loss {numbers['loss']:.3f}  {numbers['tokens_per_s']:,.0f} tokens/s")
+        if stop or last or step % run.checkpoint_every_steps == 0:
+            save_checkpoint(engine, trainee.checkpoints, step, zero, run.keep_checkpoints)
+        if stop and not last:
+            raise Preempted(f"{ctx.task}: stopped after step {step} of {recipe.steps}, state saved")
+    progress.close()
+    if start == recipe.steps:  # an earlier try did all steps but was ended before the end
+        trained.validation = trainee.validate(engine.module)
+    return trained
+
+
+def write_model(ctx: Context, save: Callable[[Path], list[str]]) -> None:
+    """Put the files that `save` writes into a directory into the output, each in one durable step."""
+    with tempfile.TemporaryDirectory(dir=ctx.directory) as scratch:
+        for name in save(Path(scratch)):
+            with ctx.output.write(name) as path:
+                Path(scratch, name).rename(path)
+
+
+def _do_step(
+    ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee, engine: Any, shape: BatchShape, step: int
+) -> tuple[dict[str, float], bool]:
+    """Feed one batch and update the weights; return the step's numbers, and whether some rank was asked to stop."""
+    began = time.perf_counter()
+    batch = trainee.feed(step, mpu.rank, shape)
+    waited_s = time.perf_counter() - began
+    _seed(recipe.seed, step, mpu.rank)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = _rate(recipe, step)
+    loss, stop = _reduce(_optimize(engine, batch), ctx.should_stop(), mpu)
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"{ctx.task}: the loss of step {step} is {loss}; the checkpoints before it stay in "
+            f"{trainee.checkpoints}; a lower optimizer.lr or a clip_norm often helps"
+        )
+    seconds = time.perf_counter() - began
+    return {
+        "loss": loss,
+        "lr": _rate(recipe, step),
+        "grad_norm": float(engine.get_global_grad_norm()),
+        "tokens_per_s": batch.tokens / seconds,
+        "data_wait_fraction": waited_s / seconds,
+    }, stop
+
+
+def _optimize(engine: Any, batch: Batch) -> float:
+    """Do one optimizer step; return this rank's share of the batch's mean loss.
+
+    DeepSpeed averages over microbatches and ranks; each loss is scaled so that the average is the sum of all losses
+    over the number of labels in the whole batch, however these are spread.
+    """
+    engine.train()
+    scale = len(batch.microbatches) * engine.dp_world_size / batch.weight
+    total = 0.0
+    for microbatch in batch.microbatches:
+        loss = engine(*microbatch)
+        engine.backward(loss * scale)
+        engine.step()
+        total += loss.item()
+    return total / batch.weight
+
+
+def _reduce(loss: float, stop: bool, mpu: DataParallelUnit) -> tuple[float, bool]:
+    """Sum the loss over ranks, and agree to stop if any rank was asked to."""
+    if mpu.world == 1:
+        return loss, stop
+    import torch
+    import torch.distributed as dist
+
+    both = torch.tensor([loss, float(stop)], dtype=torch.float64)
+    dist.all_reduce(both, group=mpu.data_group)
+    return both[0].item(), both[1].item() > 0
+
+
+def _rate(recipe: Recipe, step: int) -> float:
+    return recipe.optimizer.lr * recipe.schedule.factor(step, recipe.steps)
+
+
+def _seed(seed: int, step: int, rank: int) -> None:
+    """Make dropout a function of (seed, step, rank): nothing to save, and the same after a resume."""
+    import torch
+
+    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + rank)
+
+
+def _log(ctx: Context, trainee: Trainee, step: int, numbers: Mapping[str, float]) -> None:
+    tracker = ctx.tracker(trainee.first_step + step - 1)
+    tracker.log(trainee.first_step + step, {f"{trainee.prefix}{name}": value for name, value in numbers.items()})

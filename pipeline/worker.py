@@ -1,0 +1,140 @@
+"""One rank of one task, from the frozen file that every rank reads: `python -m pipeline.worker DIR/work/task.json`.
+
+`publish` makes the directory an artifact, called once by one process after all ranks have ended well.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pipeline
+from pipeline.artifact import WORK, InputRecord, Made, Manifest, open_artifact, write_manifest
+from pipeline.env import StopRequest, die_with_parent, read_ranks
+from pipeline.errors import PipelineError
+from pipeline.launch import AnyRun
+from pipeline.launch.local import leave_reason
+from pipeline.settings import Settings, decode, encode
+from pipeline.stage import Context, read_outputs
+from pipeline.stages import AnyStage
+from pipeline.track import AnyTracker, open_tracker
+
+
+class FrozenTask(Settings):
+    """A task as it was when it was submitted: all that its ranks need to know.
+
+    Attributes:
+        inputs: Directory of each input artifact, by the dotted path of the setting that names it.
+    """
+
+    name: str
+    job: str | None
+    stage: AnyStage
+    inputs: dict[str, str]
+    fingerprint: str
+    directory: str
+    run: AnyRun
+    tracker: AnyTracker
+
+
+def read_task(path: Path) -> FrozenTask:
+    """Read a frozen task."""
+    return decode(FrozenTask, json.loads(path.read_text()), where=str(path))
+
+
+def context(task: FrozenTask) -> Context:
+    """Open the inputs of a task and say where this rank runs."""
+    directory = Path(task.directory)
+    inputs = {name: open_artifact(Path(path), where=f"{task.name}.{name}") for name, path in task.inputs.items()}
+    title = f"{task.job}.{task.name}" if task.job else task.name
+    run_id = f"{task.name}-{task.fingerprint}"
+    return Context(
+        task=task.name,
+        directory=directory,
+        inputs=inputs,
+        settings=task.run,
+        ranks=read_ranks(),
+        open_tracker=lambda step: open_tracker(task.tracker, directory, run_id, title, encode(task.stage), step),
+    )
+
+
+def work(task: FrozenTask, stop: StopRequest) -> None:
+    """Do this rank's share of a task and leave a note of its output."""
+    ctx = context(task)
+    ctx.should_stop = lambda: stop.asked
+    failed = True
+    try:
+        task.stage.run(ctx)
+        failed = False
+    finally:
+        ctx.close_tracker(failed)
+    ctx.output.save(ctx.directory / WORK / "ranks" / f"{ctx.rank:05d}.json")
+
+
+def publish(task: FrozenTask, seconds: float, num_ranks: int) -> Manifest:
+    """Turn the finished work of all ranks into an artifact and return its manifest."""
+    ctx = context(task)
+    files, stats = read_outputs(ctx.directory)
+    ctx.output.files.update(files)
+    manifest = Manifest(
+        kind=task.stage.produces,
+        name=task.name,
+        fingerprint=task.fingerprint,
+        stage=encode(task.stage),
+        inputs={
+            name: InputRecord(
+                path=os.path.relpath(artifact.path.resolve(), ctx.directory.resolve()),
+                fingerprint=artifact.manifest.fingerprint,
+            )
+            for name, artifact in ctx.inputs.items()
+        },
+        stats=task.stage.finish(ctx, stats),
+        files=dict(sorted(ctx.output.files.items())),
+        made=Made(
+            version=pipeline.__version__,
+            commit=_commit(),
+            python=platform.python_version(),
+            host=platform.node(),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(seconds, 3),
+            ranks=num_ranks,
+        ),
+    )
+    write_manifest(ctx.directory, manifest)
+    for notes in ("units", "ranks"):
+        shutil.rmtree(ctx.directory / WORK / notes, ignore_errors=True)
+    return manifest
+
+
+def main() -> None:
+    """Run this process's rank; leave the reason of a failure for the launcher and exit with its status."""
+    die_with_parent()
+    stop = StopRequest().listen()
+    task = read_task(Path(sys.argv[1]))
+    try:
+        work(task, stop)
+    except PipelineError as error:
+        leave_reason(Path(task.directory), read_ranks().rank, error)
+        sys.exit(error.exit_status)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _commit() -> str | None:
+    """Return the commit of the code that runs, with a + if it was edited since; null outside a checkout."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+if __name__ == "__main__":
+    main()
