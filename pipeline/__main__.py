@@ -19,9 +19,9 @@ def main() -> None:
     sys.exit(status)
 
 
-def act(data: dict[str, Any], job: str | None, overrides: list[str]) -> int:
+def act(data: dict[str, Any], job: str | None) -> int:
     """Plan one composed command and run it; return its exit status."""
-    from pipeline.operate import print_end, print_plan
+    from pipeline.operate import print_end, print_plan, print_task
     from pipeline.plan import Command, execute, plan
     from pipeline.settings import decode
 
@@ -29,13 +29,11 @@ def act(data: dict[str, Any], job: str | None, overrides: list[str]) -> int:
         command = decode(Command, data)
         tasks = plan(command, job)
         if command.plan:
-            print_plan(tasks, command, job)
+            print_plan(tasks, command)
             return 0
         ran = [task.name for task in tasks if task.done is None]
-        try:
-            execute(tasks, command, job)
-        finally:
-            print_end(tasks, ran, command, job, overrides)
+        execute(tasks, command, job, report=print_task)
+        print_end(tasks, ran, command, job)
     except PipelineError as error:
         return _say(error)
     return 0

@@ -24,11 +24,11 @@ PROJECT = HERE if (HERE / "conf").is_dir() else HERE.parent  # the wheel carries
 CONF = PROJECT / "conf"
 
 
-def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None, list[str]], int]) -> int:
+def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None], int]) -> int:
     """Compose the configuration of a command line and hand it to `act`, once for every point of a sweep.
 
     Args:
-        act: Takes the plain data, the name of the job if one was chosen, and the overrides; returns an exit status.
+        act: Takes the plain data and the name of the job if one was chosen; returns an exit status.
 
     Returns:
         The highest exit status.
@@ -41,9 +41,8 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None,
     def entry(config: DictConfig) -> None:
         data = OmegaConf.to_container(config, resolve=True)
         assert isinstance(data, dict)
-        chosen = HydraConfig.get()
-        job = chosen.runtime.choices.get("job")
-        statuses.append(act({str(k): v for k, v in data.items()}, job, list(chosen.overrides.task)))
+        job = HydraConfig.get().runtime.choices.get("job")
+        statuses.append(act({str(key): value for key, value in data.items()}, job))
 
     OmegaConf.register_new_resolver("project", lambda path: str(PROJECT / path), replace=True)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as exceptions

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -94,8 +94,11 @@ def plan(command: Command, job: str | None) -> list[Task]:
     return ordered
 
 
-def execute(tasks: list[Task], command: Command, job: str | None) -> None:
+def execute(tasks: list[Task], command: Command, job: str | None, report: Callable[[Task], None]) -> None:
     """Run what is not done, in order, and lead `<root>/jobs/<job>/<task>` to each artifact.
+
+    Args:
+        report: Called with every task that was run, when it has ended well.
 
     Raises:
         PipelineError: The first failure; the artifacts of the tasks before it stay.
@@ -103,6 +106,7 @@ def execute(tasks: list[Task], command: Command, job: str | None) -> None:
     for task in tasks:
         if task.done is None:
             task.done = _run(task, command, job)
+            report(task)
         if job is not None:
             _link(Path(command.root) / "jobs" / job / task.name, task.done.path)
 

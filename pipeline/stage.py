@@ -8,7 +8,7 @@ import json
 import os
 import time
 from abc import abstractmethod
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,7 +63,7 @@ class Output:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.files: dict[str, FileRecord] = {}
-        self.stats: Stats = Counter()
+        self.stats: Stats = defaultdict(int)
 
     @contextmanager
     def write(self, name: str) -> Iterator[Path]:

@@ -94,7 +94,7 @@ class Decoder(Choice):
     def num_params(self) -> int:
         """Return the exact number of parameters, padding rows of the embedding included."""
         kv_width = self.kv_heads * self.head_dim
-        linear_biases = 2 * self.d_model + 2 * kv_width + (self.num_mlp_matrices - 1) * self.ff + self.d_model
+        linear_biases = 2 * self.d_model + 2 * kv_width + (self._num_mlp_matrices - 1) * self.ff + self.d_model
         norm = self.d_model * (2 if self.bias and self.norm == "layernorm" else 1)
         layer = self._layer_matmul_params() + linear_biases * self.bias + 2 * norm
         embeddings = self.padded_vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
@@ -112,14 +112,13 @@ class Decoder(Choice):
         return 6 * weights + 12 * self.num_layers * self.d_model * seq_len
 
     @property
-    def num_mlp_matrices(self) -> int:
-        """Return how many weight matrices a feed-forward layer has."""
+    def _num_mlp_matrices(self) -> int:
         return 3 if self.mlp == "swiglu" else 2
 
     def _layer_matmul_params(self) -> int:
         kv_width = self.kv_heads * self.head_dim
         attention = 2 * self.d_model * (self.d_model + kv_width)
-        return attention + self.num_mlp_matrices * self.d_model * self.ff
+        return attention + self._num_mlp_matrices * self.d_model * self.ff
 
 
 class ModelFile(Settings):

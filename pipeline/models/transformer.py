@@ -65,8 +65,8 @@ class Transformer(nn.Module):
         rotary = make_rotary(positions, self.config, x_BTD.dtype) if self.config.positions == "rotary" else None
         for layer, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rotary, mask, None if cache is None else cache.layers[layer])
-        x_BTD = self.norm(x_BTD)
-        return x_BTD
+        normed_BTD: Tensor = self.norm(x_BTD)
+        return normed_BTD
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Return a score for each id of the vocabulary, (..., V), from what `hidden` returns.

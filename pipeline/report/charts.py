@@ -2,13 +2,14 @@
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from pipeline.report.frame import Scale, figure, hit, place, plot, x_axis, y_axis
 from pipeline.report.markup import Html, el
-from pipeline.report.numerals import amount, number, percent, plural
-from pipeline.report.scales import Point, log_bins, log_ticks, quantile, thin, ticks, y_range
+from pipeline.report.numerals import amount, number, percent, plural, short
+from pipeline.report.scales import Point, log_bins, log_ticks, thin, tick_labels, ticks, y_range
 
 INNER = 1000  # width and height of the inner drawing, which is stretched over the plot
 MAX_COLUMNS = 80  # how many columns of a chart answer to a pointer
@@ -21,15 +22,17 @@ class Curve:
 
     Attributes:
         colour: Number of its colour in the style sheet.
-        look: A faint or a strong line, or dots joined by a line.
+        look: A faint or a strong line, a dashed one, or dots joined by a line.
         in_legend: Whether the legend names it.
+        is_derived: Whether it was computed from another curve of the chart.
     """
 
     label: str
     points: Sequence[Point]
     colour: int = 1
-    look: Literal["faint", "line", "dots"] = "line"
+    look: Literal["faint", "line", "dashed", "dots"] = "line"
     in_legend: bool = True
+    is_derived: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,37 +68,47 @@ def line_chart(
         tokens_per_step: Gives the axis a second row of labels, in tokens.
     """
     values = [y for curve in curves for _, y in curve.points]
-    thinned = [Curve(c.label, thin(c.points), c.colour, c.look, c.in_legend) for c in curves if c.points]
+    measured = [y for curve in curves if not curve.is_derived for _, y in curve.points]
+    thinned = [replace(curve, points=thin(curve.points)) for curve in curves if curve.points]
     low, high = _step_range([x for curve in thinned for x, _ in curve.points])
     scale = Scale(low, high, *y_range(values, from_zero))
     steps = ticks(low, high, whole=True)
-    tokens = [amount(step * tokens_per_step) for step in steps] if tokens_per_step else []
+    rows = [tick_labels(steps)]
+    if tokens_per_step:
+        rows.append([short(step * tokens_per_step) for step in steps])
     drawing = [
         y_axis(scale),
-        x_axis(scale, steps, tokens),
+        x_axis(scale, steps, *rows),
         _draw_level(scale, level),
         el("svg", (_path(scale, c) for c in thinned), class_="data", viewBox=_BOX, preserveAspectRatio="none"),
         (_dots(scale, curve) for curve in thinned),
         el("g", _columns(scale, thinned, tokens_per_step), class_="hits"),
     ]
-    below = ["step", "tokens"] if tokens else ["step"]
+    below = ["step", "tokens"][: len(rows)]
     legend = _legend(curves) if sum(curve.in_legend for curve in curves) > 1 else None
-    return figure(title, unit, plot(drawing, f"{title}, {unit}, by step", below), legend, _beyond(scale, values))
+    return figure(title, unit, plot(drawing, f"{title}, {unit}, by step", below), legend, _beyond(scale, measured))
 
 
-def histogram(title: str, unit: str, counts: Mapping[int, int], noun: str) -> Html:
-    """Draw how many things have which size, on a logarithmic axis, with median, mean and 90th percentile."""
+def histogram(title: str, subtitle: str, counts: Mapping[int, int], unit: str, noun: str) -> Html:
+    """Draw how many things have which size, on a logarithmic axis, with median, mean and 90th percentile (p90).
+
+    Args:
+        counts: How many there are of each size.
+        unit: What sizes are counted in, in the plural.
+        noun: One of the things.
+    """
     bins, total = log_bins(counts), sum(counts.values())
     low, high = bins[0][0], bins[-1][1]
     scale = Scale(low, high, *y_range([0, max(count for _, _, count in bins)], from_zero=True), log=True)
+    sizes = log_ticks(low, high)
     drawing = [
         y_axis(scale),
-        x_axis(scale, log_ticks(low, high)),
+        x_axis(scale, sizes, [short(size) for size in sizes]),
         el("g", (_bin(scale, *one) for one in bins if one[2]), class_="bins k1"),
         el("g", (_mark(scale, row, *mark) for row, mark in enumerate(_marks(counts))), class_="marks"),
         el("g", (_bin_hit(scale, total, unit, noun, *one) for one in bins), class_="hits"),
     ]
-    return figure(title, noun, plot(drawing, f"{title}: {plural(total, noun)}", [unit], "marked"))
+    return figure(title, subtitle, plot(drawing, f"{title}: {plural(total, noun)}", [unit], "marked"))
 
 
 def bars(rows: Iterable[Bar], full: float) -> Html:
@@ -153,7 +166,7 @@ def _columns(scale: Scale, curves: Sequence[Curve], tokens_per_step: float | Non
     steps = sorted({x for curve in curves for x, _ in curve.points})
     first = {x for curve in curves if curve.look == "dots" for x, _ in thin(curve.points, MAX_COLUMNS)}
     chosen = sorted(first | set(steps[:: -(-len(steps) // MAX_COLUMNS)]))
-    middles = [(a + b) / 2 for a, b in zip(chosen, chosen[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in pairwise(chosen)]
     for step, left, right in zip(chosen, [scale.x_low, *middles], [*middles, scale.x_high], strict=True):
         seen = f" ({amount(step * tokens_per_step)} tokens)" if tokens_per_step else ""
         lines = [f"step {step:,.0f}{seen}"]
@@ -202,25 +215,24 @@ def _bin_hit(scale: Scale, total: int, unit: str, noun: str, first: int, after: 
 
 
 def _marks(counts: Mapping[int, int]) -> list[tuple[str, float]]:
-    """Return the (name, size) to mark in a histogram."""
+    """Return the (name, size) to mark in a histogram, the smallest first."""
+    mean = sum(size * count for size, count in counts.items()) / sum(counts.values())
+    marks = [("median", _size_at(counts, 0.5)), ("mean", mean), ("p90", _size_at(counts, 0.9))]
+    return sorted(marks, key=lambda mark: mark[1])
+
+
+def _size_at(counts: Mapping[int, int], share: float) -> int:
+    """Return the smallest size that `share` of the things do not exceed."""
     sizes = sorted(counts)
-    total = sum(counts.values())
-    mean = sum(size * count for size, count in counts.items()) / total
-    named = {"median": 0.5, "90th percentile": 0.9}
-    found = {}
-    for name, share in named.items():
-        passed = 0
-        for size in sizes:
-            passed += counts[size]
-            if passed >= share * total:
-                found[name] = float(size)
-                break
-    return [("median", found["median"]), ("mean", mean), ("90th percentile", found["90th percentile"])]
+    passed = list(accumulate(counts[size] for size in sizes))
+    return sizes[bisect_left(passed, share * passed[-1])]
 
 
 def _mark(scale: Scale, row: int, name: str, size: float) -> Html:
     """Draw a line from the bottom to its label, which stands in its own row above the plot."""
     at = scale.x(max(size, scale.x_low))
-    anchor, dx = ("end", "-5") if at > 60 else ("start", "5")
-    text = el("text", f"{name} ", el("tspan", amount(size)), x=place(at), dx=dx, y=str(16 * row - 38), text_anchor=anchor)
+    anchor, dx = ("end", "-5") if at > 75 else ("start", "5")
+    text = el(
+        "text", f"{name} ", el("tspan", amount(size)), x=place(at), dx=dx, y=str(16 * row - 38), text_anchor=anchor
+    )
     return el("g", el("line", x1=place(at), x2=place(at), y1=str(16 * row - 48), y2="100%"), text)

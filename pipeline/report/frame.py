@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.report.markup import Child, Html, el
-from pipeline.report.numerals import amount
 from pipeline.report.scales import tick_labels, ticks
 
 
@@ -67,15 +66,13 @@ def y_axis(scale: Scale) -> Html:
     return el("g", drawn, class_="axis y")
 
 
-def x_axis(scale: Scale, values: Iterable[float], seconds: Sequence[str] = ()) -> Html:
-    """Draw ticks and their labels under the plot, with a second row of labels where there is one."""
+def x_axis(scale: Scale, values: Iterable[float], *rows: Sequence[str]) -> Html:
+    """Draw ticks under the plot, with one or more rows of labels."""
     drawn = []
     for number, value in enumerate(values):
         where = place(scale.x(value))
         drawn.append(el("line", x1=where, x2=where, y1="100%", y2="100%", class_="tick"))
-        drawn.append(el("text", amount(value), x=where, y="100%", dy="20"))
-        if seconds:
-            drawn.append(el("text", seconds[number], x=where, y="100%", dy="37", class_="second"))
+        drawn += [el("text", labels[number], x=where, y="100%", dy=20 + 17 * row) for row, labels in enumerate(rows)]
     return el("g", drawn, class_="axis x")
 
 
@@ -88,5 +85,3 @@ def hit(left: float, width: float, *lines: str) -> Html:
 def place(value: float) -> str:
     """Return a place or a length in percent as an attribute."""
     return f"{value:.2f}".rstrip("0").rstrip(".") + "%"
-
-

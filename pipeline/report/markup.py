@@ -33,7 +33,7 @@ def join(children: Iterable[Child]) -> Html:
 
 
 def spell_out(text: str) -> str:
-    """Return text in which no character is invisible: control characters as their pictures, others as ‹U+202E›."""
+    """Return text in which characters that would be invisible stand as their code, such as ‹U+202E›."""
     return "".join(_spell(c) if _is_invisible(c) else c for c in text)
 
 
@@ -67,7 +67,4 @@ def _is_invisible(character: str) -> bool:
 
 
 def _spell(character: str) -> str:
-    code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F else f"‹U+{code:04X}›"
+    return f"‹U+{ord(character):04X}›"

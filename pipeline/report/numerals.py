@@ -1,27 +1,36 @@
 """Numbers in words: amounts, shares, times and sizes as a person reads them. Units follow a thin no-break space."""
 
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 THIN = "\N{NARROW NO-BREAK SPACE}"
-PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))  # as tokens and parameters are counted
+BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def amount(number: float) -> str:
-    """Return a count: 515, 9,731, 13.1 k, 2.93 M, 1.31 G."""
+    """Return a count: 515, 9,731, 13.1 k, 2.93 M, 1.31 B."""
     if abs(number) < 10_000:
         return f"{number:,.0f}"
     return scaled(number, 3)
 
 
-def scaled(number: float, digits: int) -> str:
-    """Return a number with `digits` significant digits and a prefix (k, M, G, T)."""
-    for size, prefix in PREFIXES:
+def scaled(number: float, digits: int, units: Sequence[tuple[float, str]] = COUNTS) -> str:
+    """Return a number with `digits` significant digits and the largest unit that fits."""
+    for size, unit in units:
         if abs(number) >= size * (1 - 0.5 * 10**-digits):
             value = number / size
             whole = len(f"{abs(value):.0f}")
-            return f"{value:,.{max(0, digits - whole)}f}{THIN}{prefix}"
+            return f"{value:,.{max(0, digits - whole)}f}{THIN}{unit}"
     return f"{number:,.{max(0, digits - len(f'{abs(number):.0f}'))}f}"
+
+
+def short(number: float) -> str:
+    """Return an amount without zeros at its end, for ticks: 500, 10 k, 1.5 M."""
+    value, _, prefix = amount(number).partition(THIN)
+    value = value.rstrip("0").rstrip(".") if "." in value else value
+    return f"{value}{THIN}{prefix}" if prefix else value
 
 
 def percent(share: float) -> str:
@@ -44,9 +53,7 @@ def duration(seconds: float) -> str:
 
 def size(num_bytes: float) -> str:
     """Return a size in bytes: 831 B, 92 kB, 1.3 GB."""
-    if num_bytes < 1000:
-        return f"{num_bytes:.0f}{THIN}B"
-    return f"{scaled(num_bytes, 2)}B"
+    return f"{num_bytes:.0f}{THIN}B" if num_bytes < 1000 else scaled(num_bytes, 2, BYTES)
 
 
 def number(value: float) -> str:

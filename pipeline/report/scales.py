@@ -1,7 +1,8 @@
 """The arithmetic under charts: round ticks, ranges that a spike does not ruin, thinning and smoothing."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from pipeline.report.numerals import THIN
 
@@ -41,12 +42,12 @@ def log_ticks(low: float, high: float) -> list[float]:
 def tick_labels(values: Sequence[float]) -> list[str]:
     """Return the labels of ticks, all with the same prefix or power and as many digits as tell them apart."""
     largest = max(map(abs, values), default=0.0)
-    steps = [b - a for a, b in zip(values, values[1:], strict=False) if b > a]
+    steps = [b - a for a, b in pairwise(values) if b > a]
     step = min(steps, default=largest) or 1.0
     if largest and largest < 2e-3:
         power = math.floor(math.log10(largest) + 1e-9)
         return [f"{_fixed(v / 10**power, step / 10**power)}e{power}" if v else "0" for v in values]
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for size, prefix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if largest >= size:
             size = min(size, 1e3) if prefix == "k" else size
             return [f"{_fixed(v / size, step / size)}{THIN}{prefix}" if v else "0" for v in values]
@@ -75,16 +76,15 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """Return at most `limit` of the points: the lowest and the highest of each stretch, so that spikes stay."""
+    """Return at most `limit` of the points: both ends, and of each stretch between the lowest and the highest."""
     if len(points) <= limit:
         return list(points)
-    stretches = limit // 2
-    kept: list[Point] = []
+    inner, stretches = points[1:-1], limit // 2 - 1
+    kept = [points[0]]
     for number in range(stretches):
-        stretch = points[number * len(points) // stretches : (number + 1) * len(points) // stretches]
-        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
-        kept += sorted(ends)
-    return kept
+        stretch = inner[number * len(inner) // stretches : (number + 1) * len(inner) // stretches]
+        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+    return [*kept, points[-1]]
 
 
 def smooth(points: Sequence[Point], share: float = 0.04, limit: int = MAX_POINTS // 2) -> list[Point]:
@@ -105,7 +105,7 @@ def smooth(points: Sequence[Point], share: float = 0.04, limit: int = MAX_POINTS
     return smoothed
 
 
-def log_bins(counts: dict[int, int], most: int = 36) -> list[tuple[int, int, int]]:
+def log_bins(counts: Mapping[int, int], most: int = 36) -> list[tuple[int, int, int]]:
     """Sort things of whole sizes into at most about `most` bins whose edges grow by one factor.
 
     Args:

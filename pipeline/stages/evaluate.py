@@ -1,7 +1,7 @@
 """Evaluation of a language model on the documents that its pretraining held out."""
 
 import math
-from collections.abc import Mapping
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -10,7 +10,7 @@ from pipeline.artifact import write_json
 from pipeline.errors import ArtifactError
 from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats
-from pipeline.stages.pretrain import TOKENIZER
+from pipeline.text.tokenizers import TOKENIZER, load
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact
@@ -89,13 +89,10 @@ def check_tokenizer(model: "Artifact", tokens: "Artifact") -> None:
 
 def _byte_unigram(held: "TokenStream", tokens: "Artifact") -> float:
     """Return the entropy of single bytes in the held-out text itself: no byte-unigram model can do better on it."""
-    from collections import Counter
-
-    from pipeline.text.tokenizers import load_tokenizer
-
-    tokenizer = load_tokenizer(tokens.file(TOKENIZER))
-    counts: Mapping[int, int] = Counter()
+    tokenizer = load(tokens.file(TOKENIZER))
+    counts: Counter[int] = Counter()
     for index in range(held.num_documents):
-        counts.update(tokenizer.decode(held.document(index).tolist(), skip_special_tokens=True).encode())  # type: ignore[attr-defined]
-    total = sum(counts.values())
+        text = held.document(index)[:-1]  # without the end-of-text token
+        counts.update(tokenizer.decode(text.tolist()).encode())
+    total = counts.total()
     return -sum(n / total * math.log2(n / total) for n in counts.values())

@@ -10,7 +10,8 @@ from pipeline.models.config import unexportable
 from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats
 from pipeline.stages.finetune import Finetune
-from pipeline.stages.pretrain import TOKENIZER, Pretrain
+from pipeline.stages.pretrain import Pretrain
+from pipeline.text.tokenizers import TOKENIZER
 
 
 class Export(Stage):
@@ -47,6 +48,8 @@ class Export(Stage):
         import tempfile
         from pathlib import Path
 
+        import torch
+
         from pipeline.models.hf import export_hf
         from pipeline.models.transformer import Transformer, load_model
 
@@ -57,7 +60,9 @@ class Export(Stage):
         if not isinstance(model, Transformer):
             raise ArtifactError(f"{source.path}: wanted a language model, found a classifier")
         with tempfile.TemporaryDirectory(dir=ctx.directory) as scratch:
-            difference = export_hf(model, source.file(TOKENIZER), Path(scratch), source.stats["end_of_text_id"])
+            end_of_text = source.stats["end_of_text_id"]
+            ids_BT = torch.randint(model.config.real_vocab_size, (4, min(64, model.config.max_seq_len)))
+            difference = export_hf(model, source.file(TOKENIZER), Path(scratch), ids_BT, eos_id=end_of_text)
             if not difference <= self.max_logit_difference:
                 raise ArtifactError(
                     f"{ctx.task}: the exported model's logits differ from ours by {difference:.2e}, more than "

@@ -11,7 +11,8 @@ from pipeline.parallel.engine import Precision
 from pipeline.parallel.mesh import shape_batch
 from pipeline.settings import Input, Source
 from pipeline.stage import Context, Run, Stage, Stats
-from pipeline.stages.pretrain import TOKENIZER, Pretrain
+from pipeline.stages.pretrain import Pretrain
+from pipeline.text.tokenizers import TOKENIZER
 from pipeline.track import METRICS
 from pipeline.training.optim import AdamW, AnyOptimizer
 from pipeline.training.schedule import AnySchedule, Cosine
@@ -111,10 +112,10 @@ class Finetune(Stage):
 
     def _read(self, ctx: Context) -> "Examples":
         from pipeline.text.labelled import read_labelled
-        from pipeline.text.tokenizers import load_tokenizer
+        from pipeline.text.tokenizers import load
 
         rows = read_labelled(self.data, self.text_field, self.label_field, self.split_field, f"{ctx.task}.data")
-        tokenizer = load_tokenizer(ctx.inputs["model"].file(TOKENIZER))
+        tokenizer = load(ctx.inputs["model"].file(TOKENIZER))
         labels = sorted({row.label for row in rows["train"]})
         known = {label: number for number, label in enumerate(labels)}
         splits = {}
@@ -122,8 +123,7 @@ class Finetune(Stage):
             unknown = next((row.label for row in found if row.label not in known), None)
             if unknown is not None:
                 raise ArtifactError(f"{ctx.task}.data: label '{unknown}' of split '{split}' is not in split 'train'")
-            ids = [encoding.ids[: self.seq_len] for encoding in tokenizer.encode_batch([row.text for row in found])]
-            splits[split] = [(tokens, known[row.label]) for tokens, row in zip(ids, found, strict=True)]
+            splits[split] = [(tokenizer.encode(row.text)[: self.seq_len], known[row.label]) for row in found]
         return Examples(splits["train"], splits["valid"], splits["test"], labels)
 
     def _train(

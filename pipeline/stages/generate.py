@@ -10,7 +10,7 @@ from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError
 from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats
-from pipeline.stages.pretrain import TOKENIZER
+from pipeline.text.tokenizers import TOKENIZER, load
 
 SAMPLES = "samples.jsonl"
 
@@ -60,7 +60,6 @@ class Generate(Stage):
         """Write one row a prompt to `samples.jsonl`."""
         from pipeline.models.generate import generate
         from pipeline.models.transformer import Transformer, load_model
-        from pipeline.text.tokenizers import load_tokenizer
 
         source = ctx.inputs["model"]
         for name in source.names:
@@ -68,11 +67,11 @@ class Generate(Stage):
         model = load_model(source.path)
         if not isinstance(model, Transformer):
             raise ArtifactError(f"{source.path}: wanted a language model, found a classifier")
-        tokenizer = load_tokenizer(source.file(TOKENIZER))
+        tokenizer = load(source.file(TOKENIZER))
         prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         end_of_text = source.stats["end_of_text_id"]
         # an empty prompt begins a text: what follows the end of the text before
-        ids = [tokenizer.encode(prompt).ids or [end_of_text] for prompt in prompts]
+        ids = [tokenizer.encode(prompt) or [end_of_text] for prompt in prompts]
         made = generate(
             model,
             ids,

@@ -11,6 +11,7 @@ from pipeline.parallel.engine import Precision
 from pipeline.parallel.mesh import shape_batch
 from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats
+from pipeline.text.tokenizers import TOKENIZER
 from pipeline.track import METRICS
 from pipeline.training.optim import AdamW, AnyOptimizer
 from pipeline.training.schedule import AnySchedule, Cosine
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from pipeline.parallel.mesh import BatchShape, DataParallelUnit
     from pipeline.text.loader import SequenceLoader, TokenStream
     from pipeline.training.loop import Batch
-
-TOKENIZER = "tokenizer.json"
 
 
 class Pretrain(Stage):

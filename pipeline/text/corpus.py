@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError
-from pipeline.stage import Context, Output, Stats
+from pipeline.stage import Context, Output, Stage, Stats
 from pipeline.text.arrow import CORPUS, REJECTS, Document, Reject, RowWriter
 
 DROPPED, SKIPPED = "dropped.", "skipped."
@@ -88,11 +88,12 @@ def num_dropped(stats: Stats) -> int:
     return sum(count for name, count in stats.items() if name.startswith(DROPPED))
 
 
-def check_books(ctx: Context, stats: Stats, documents_in: int | None = None) -> None:
+def check_books(ctx: Context, stats: Stats, documents_in: int | None = None, way_out: str = "read more text") -> None:
     """Check that every document that went in came out or was dropped for a reason.
 
     Args:
         documents_in: How many the input has, where that is known.
+        way_out: What a person can do if nothing is left.
 
     Raises:
         ArtifactError: If one is missing, or none came out.
@@ -106,23 +107,32 @@ def check_books(ctx: Context, stats: Stats, documents_in: int | None = None) -> 
             "directory and run again"
         )
     if not kept:
-        raise ArtifactError(f"{ctx.task}: nothing is left of {read} documents: {'; '.join(describe_drops(stats))}")
+        raise ArtifactError(
+            f"{ctx.task}: nothing is left of {read:,} documents; dropped: {describe_counts(stats, DROPPED)}; {way_out}"
+        )
 
 
-def describe_drops(stats: Stats) -> Iterator[str]:
-    """Yield "reason: how many", the most frequent reason first."""
-    counts = {name.removeprefix(DROPPED): count for name, count in stats.items() if name.startswith(DROPPED)}
-    for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        yield f"{reason}: {count:,}"
+def describe_counts(stats: Stats, prefix: str) -> str:
+    """Return "reason: how many, …" of what was dropped or skipped, the most frequent first."""
+    counts = {name.removeprefix(prefix): count for name, count in stats.items() if name.startswith(prefix)}
+    most_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{reason}: {count:,}" for reason, count in most_first)
 
 
-def headline(stats: Stats) -> tuple[str, str]:
-    """Return how many documents there are and how many were dropped, for a person."""
-    return f"{stats['documents']:,} documents", f"{num_dropped(stats):,} dropped"
+class CorpusStage(Stage):
+    """A stage that makes a corpus."""
 
+    produces: ClassVar[str] = "corpus"
 
-def show_drops(artifact: Artifact) -> Iterator[str]:
-    """Yield a line that says what was dropped, if anything was."""
-    drops = list(describe_drops(artifact.stats))
-    if drops:
-        yield f"dropped: {', '.join(drops)} (each with its reason in rejects-*.arrow)"
+    @classmethod
+    def headline(cls, stats: Stats) -> tuple[str, str]:
+        """Return how many documents there are and how many were dropped."""
+        return f"{stats['documents']:,} documents", f"{num_dropped(stats):,} dropped"
+
+    @classmethod
+    def show(cls, artifact: Artifact) -> Iterator[str]:
+        """Yield what was left out, if anything was."""
+        if dropped := describe_counts(artifact.stats, DROPPED):
+            yield f"dropped: {dropped} (each document and its reason: {artifact.path}/rejects-*.arrow)"
+        if skipped := describe_counts(artifact.stats, SKIPPED):
+            yield f"skipped: {skipped}"

@@ -1,11 +1,15 @@
-"""Exact duplicates, found by 128-bit hashes: 16 bytes a text, and about 50 while they are sorted."""
+"""Exact duplicates, found by 128-bit hashes, which take 16 bytes a text, and about 50 while they are sorted."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
+
+from pipeline.text.arrow import read_ids
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,3 +39,9 @@ def find_duplicates(digests: Digests) -> tuple[Positions, Positions]:
     repeated = order[repeats]
     by_position = np.argsort(repeated)
     return repeated[by_position], first[by_position]
+
+
+def ids_at(parts: Iterable[Path], places: set[int]) -> dict[int, str]:
+    """Return the ids of the documents at some places of a corpus, counted through all its parts."""
+    ids = itertools.chain.from_iterable(map(read_ids, parts))
+    return {place: identity for place, identity in enumerate(ids) if place in places} if places else {}

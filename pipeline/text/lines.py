@@ -5,7 +5,7 @@ are one range; offsets in them count decompressed bytes.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -55,6 +55,18 @@ def byte_ranges(name: str, path: Path) -> list[Span]:
     size = path.stat().st_size
     starts = range(0, size, UNIT_BYTES)
     return [Span(name, path, start, min(start + UNIT_BYTES, size), min(UNIT_BYTES, size - start)) for start in starts]
+
+
+def runs(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of runs of neighbours that are together at most `UNIT_BYTES`, or one by itself."""
+    start, total = 0, 0
+    for number, size in enumerate(sizes):
+        if number > start and total + size > UNIT_BYTES:
+            yield start, number
+            start, total = number, 0
+        total += size
+    if sizes:
+        yield start, len(sizes)
 
 
 def read_lines(span: Span) -> Iterator[tuple[int, bytes]]:

@@ -78,7 +78,8 @@ class TableReader(RowReader):
 
     def cut(self, name: str, file: Path) -> list[Span]:
         """Cut a file into runs of row groups or record batches."""
-        return [Span(name, file, start, stop, size) for start, stop, size in _runs(self._open(file).groups)]
+        sizes = [num_bytes for _, num_bytes in self._open(file).groups]
+        return [Span(name, file, start, stop, sum(sizes[start:stop])) for start, stop in lines.runs(sizes)]
 
     def rows(self, span: Span) -> Iterator[tuple[int, Row | Reject]]:
         """Yield (number of the row in its file, row)."""
@@ -236,15 +237,3 @@ def _load_saved(place: Path) -> Any:
 def _numbered(first: int, batches: Iterable[Any]) -> Iterator[tuple[int, Row]]:
     """Yield (number, row) for all rows of record batches or tables."""
     return enumerate((row for batch in batches for row in table_rows(batch)), start=first)
-
-
-def _runs(groups: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Yield (first group, last group + 1, bytes) of runs of about `UNIT_BYTES`."""
-    start, size = 0, 0
-    for number, (_, num_bytes) in enumerate(groups):
-        if size and size + num_bytes > lines.UNIT_BYTES:
-            yield start, number, size
-            start, size = number, 0
-        size += num_bytes
-    if groups:
-        yield start, len(groups), size

@@ -179,7 +179,7 @@ def _no_field(name: str, there: tuple[str, ...]) -> str:
 
 def _type_name(value: Any) -> str:
     """Return what JSON calls the type of `value`."""
-    if value is None:
-        return "null"
+    if value is None or value == "":
+        return "null" if value is None else "an empty string"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), f"of type {type(value).__name__}")

@@ -37,7 +37,7 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
-        return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
+        return 1 + max(map(int, self._inner.get_vocab(with_added_tokens=True).values()))
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:

@@ -1,0 +1,125 @@
+"""The curves of training, from the metrics of model artifacts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.report.charts import Curve, Level, line_chart
+from pipeline.report.entries import Entry
+from pipeline.report.markup import Html, el
+from pipeline.report.scales import Point, smooth
+
+SMOOTHED_FROM = 40  # points; fewer are few enough to be read one by one
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How one number of a training step is drawn.
+
+    Attributes:
+        from_zero: Whether its axis begins at zero.
+        is_noisy: Whether a smoothed curve is drawn over it.
+    """
+
+    title: str
+    unit: str = ""
+    from_zero: bool = False
+    is_noisy: bool = False
+
+
+MEASURES = {
+    "loss": Measure("Loss", "nats", is_noisy=True),
+    "lr": Measure("Learning rate", from_zero=True),
+    "tokens_per_s": Measure("Throughput", "tokens/s", from_zero=True, is_noisy=True),
+    "grad_norm": Measure("Gradient norm", "before clipping", from_zero=True, is_noisy=True),
+    "data_wait_fraction": Measure("Waiting for data", "fraction of a step", from_zero=True, is_noisy=True),
+    "validation_bits_per_byte": Measure("Bits per byte", "of held-out text"),
+}
+OTHER = Measure("")
+BASELINE = "baseline"
+LOSSES = ("loss", "validation_loss", "valid_loss")  # drawn in one chart
+
+Runs = dict[str, dict[str, list[Point]]]  # points by run ("" alone, or "finetune", "baseline") and measure
+
+
+def curves(entry: Entry) -> Html | None:
+    """Draw everything that a training logged; null if it logged nothing."""
+    runs = read_runs(entry.metrics)
+    names = dict.fromkeys(name for run in runs.values() for name in run)
+    if not names:
+        return None
+    first = [_loss_chart(entry, runs)] if set(LOSSES) & set(names) else []
+    known = [name for name in MEASURES if name in names and name not in LOSSES]
+    others = [name for name in names if name not in MEASURES and name not in LOSSES]
+    drawn = [_chart(entry, runs, name) for name in [*known, *others] if _is_curve(runs, name)]
+    return el("div", first, drawn, class_="charts")
+
+
+def read_runs(rows: Sequence[dict[str, float]]) -> Runs:
+    """Sort metrics by run and measure; where there are several runs, the steps of each count from its own first."""
+    runs: Runs = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in ("step", "time") and math.isfinite(value):
+                run, _, measure = name.rpartition("/")
+                runs.setdefault(run, {}).setdefault(measure, []).append((row["step"], value))
+    if len(runs) > 1:
+        for measures in runs.values():
+            before = min(points[0][0] for points in measures.values()) - 1
+            for measure, points in measures.items():
+                measures[measure] = [(step - before, value) for step, value in points]
+    return runs
+
+
+def tokens_per_step(entry: Entry) -> float | None:
+    """Return how many tokens a step of a training took, where its statistics say so."""
+    tokens, steps = entry.numbers.get("tokens"), entry.numbers.get("steps")
+    return tokens / steps if tokens and steps else None
+
+
+def _is_curve(runs: Runs, name: str) -> bool:
+    """Return whether a measure has points to draw: known ones always, others if there are several."""
+    return name in MEASURES or any(len(run.get(name, ())) > 1 for run in runs.values())
+
+
+def _loss_chart(entry: Entry, runs: Runs) -> Html:
+    """Draw the loss of training and of validation."""
+    drawn: list[Curve] = []
+    alone = len(runs) == 1
+    for colour, (run, measures) in enumerate(_ordered(runs), 1):
+        drawn += _curve(run, "loss", measures.get("loss", []), colour)
+        for name in LOSSES[1:]:
+            if name in measures:
+                label = f"{run} validation" if run else "validation"
+                drawn.append(Curve(label, measures[name], 2 if alone else colour, "dots"))
+    return el("div", line_chart("Loss", "nats", drawn, tokens_per_step=tokens_per_step(entry)), class_="wide")
+
+
+def _chart(entry: Entry, runs: Runs, name: str) -> Html:
+    measure = MEASURES.get(name) or Measure(name.replace("_", " ").capitalize())
+    drawn = [
+        curve
+        for colour, (run, measures) in enumerate(_ordered(runs), 1)
+        for curve in _curve(run, name, measures.get(name, []), colour)
+    ]
+    clip = entry.settings.get("clip_norm") if name == "grad_norm" else None
+    level = Level(clip, f"clipped to {clip:g}") if clip else None
+    return line_chart(measure.title, measure.unit, drawn, measure.from_zero, level, tokens_per_step(entry))
+
+
+def _curve(run: str, name: str, points: Sequence[Point], colour: int) -> list[Curve]:
+    """Return one curve, or where there is much noise a faint one and the smoothed one over it."""
+    measure = MEASURES.get(name, OTHER)
+    look: Literal["line", "dashed"] = "dashed" if run == BASELINE else "line"
+    if "valid" in name:
+        return [Curve(run or "validation", points, colour if run else 2, "dots")]
+    if not measure.is_noisy or len(points) < SMOOTHED_FROM:
+        return [Curve(run or "training", points, colour, look)]
+    faint = Curve(f"{run} each step".strip(), points, colour, "faint", in_legend=not run)
+    return [faint, Curve(f"{run} smoothed".strip(), smooth(points), colour, look, is_derived=True)]
+
+
+def _ordered(runs: Runs) -> list[tuple[str, dict[str, list[Point]]]]:
+    """Return the runs with what is compared with, the baseline, at the end."""
+    return sorted(runs.items(), key=lambda run: run[0] == BASELINE)

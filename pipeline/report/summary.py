@@ -1,0 +1,103 @@
+"""The result of a job in one sentence, and in a few large numbers."""
+
+from collections.abc import Sequence
+
+from pipeline.report.entries import Entry, is_corpus
+from pipeline.report.numerals import amount, duration, plural
+
+Tile = tuple[str, str, str]  # what is counted, how much it is, and what to compare it with
+
+
+def sentence(entries: Sequence[Entry]) -> str:
+    """Return what came out of the tasks, as far as there is something of each kind."""
+    trained, documents = _trained(entries), _documents(entries)
+    results = [text for text in (_bits(entries), _accuracy(entries)) if text]
+    if trained:
+        seen = amount(trained.numbers["tokens"])
+        learned = f"{amount(trained.numbers['parameters'])} parameters learned {seen} tokens"
+        return f"{learned}: {'; '.join(results)}." if results else f"{learned}."
+    if results:
+        text = "; ".join(results)
+        return f"{text[0].upper()}{text[1:]}."
+    if documents:
+        given, kept = documents
+        tokens = _first(entries, "tokens", kind="tokens")
+        became = f" and became {amount(tokens.numbers['tokens'])} tokens" if tokens else ""
+        return f"Of {plural(given, 'document')}, {kept:,} were kept{became}."
+    return f"{plural(len(entries), 'task')} in {duration(sum(entry.seconds for entry in entries))}."
+
+
+def tiles(entries: Sequence[Entry]) -> list[Tile]:
+    """Return the numbers that matter most, of those that there are."""
+    found: list[Tile] = []
+    if documents := _documents(entries):
+        found.append(("documents", amount(documents[1]), f"of {amount(documents[0])} read"))
+    if tokens := _first(entries, "tokens", kind="tokens"):
+        vocabulary = tokens.numbers.get("vocab_size")
+        found.append(
+            ("tokens", amount(tokens.numbers["tokens"]), f"vocabulary {vocabulary:,.0f}" if vocabulary else "")
+        )
+    if trained := _trained(entries):
+        steps = trained.numbers.get("steps")
+        found.append(("parameters", amount(trained.numbers["parameters"]), f"{steps:,.0f} steps" if steps else ""))
+    if scored := _scored(entries):
+        unigram = scored.numbers.get("byte_unigram_bits_per_byte")
+        note = f"byte unigram {unigram:.2f}" if unigram is not None else "held-out text"
+        found.append(("bits per byte", f"{_bits_per_byte(scored):.2f}", note))
+    if tuned := _first(entries, "test_accuracy"):
+        found.append(("test accuracy", f"{tuned.numbers['test_accuracy']:.2f}", _rival(tuned)))
+    seconds = sum(entry.seconds for entry in entries)
+    return [*found, ("in all", duration(seconds), plural(len(entries), "task"))]
+
+
+def _first(entries: Sequence[Entry], *numbers: str, kind: str | None = None) -> Entry | None:
+    """Return the first task with all these numbers, whose artifact is of `kind`."""
+    fitting = (entry for entry in entries if kind in (None, entry.artifact.manifest.kind))
+    return next((entry for entry in fitting if entry.numbers.keys() >= set(numbers)), None)
+
+
+def _trained(entries: Sequence[Entry]) -> Entry | None:
+    return _first(entries, "parameters", "tokens", kind="model")
+
+
+def _scored(entries: Sequence[Entry]) -> Entry | None:
+    """Return the evaluation of a language model, or the training that measured itself."""
+    return _first(entries, "bits_per_byte") or _first(entries, "validation_bits_per_byte")
+
+
+def _bits_per_byte(entry: Entry) -> float:
+    return entry.numbers.get("bits_per_byte", entry.numbers.get("validation_bits_per_byte", 0.0))
+
+
+def _documents(entries: Sequence[Entry]) -> tuple[int, int] | None:
+    """Return how many documents the first corpus stage was given, and the last one kept."""
+    corpora = [entry for entry in entries if is_corpus(entry)]
+    if not corpora:
+        return None
+    return int(corpora[0].numbers["documents_in"]), int(corpora[-1].numbers["documents"])
+
+
+def _bits(entries: Sequence[Entry]) -> str | None:
+    scored = _scored(entries)
+    if scored is None:
+        return None
+    unigram = scored.numbers.get("byte_unigram_bits_per_byte")
+    rival = f" (byte unigram {unigram:.2f})" if unigram is not None else ""
+    return f"{_bits_per_byte(scored):.2f} bits per byte on held-out text{rival}"
+
+
+def _accuracy(entries: Sequence[Entry]) -> str | None:
+    tuned = _first(entries, "test_accuracy")
+    if tuned is None:
+        return None
+    rival = _rival(tuned)
+    return f"fine-tuned accuracy {tuned.numbers['test_accuracy']:.2f}" + (f" against {rival}" if rival else "")
+
+
+def _rival(tuned: Entry) -> str:
+    """Return what a fine-tuned classifier is compared with."""
+    if "baseline.test_accuracy" in tuned.numbers:
+        return f"{tuned.numbers['baseline.test_accuracy']:.2f} from random weights"
+    if "majority.test_accuracy" in tuned.numbers:
+        return f"{tuned.numbers['majority.test_accuracy']:.2f} for the majority class"
+    return ""

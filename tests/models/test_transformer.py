@@ -1,0 +1,328 @@
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.models import layers
+from pipeline.models.config import Decoder
+from pipeline.models.layers import Attention, SwiGLU, make_rotary, rotate, summed_cross_entropy
+from pipeline.models.transformer import Classifier, Transformer, init_weights, load_model, save_model
+
+SMALL = {"vocab_size": 50, "d_model": 16, "num_layers": 2, "num_heads": 4, "max_seq_len": 16}
+GPT2 = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "bias": True}
+VARIANTS = [
+    {},
+    {"num_kv_heads": 2, "tie_embeddings": False, "bias": True, "d_ff": 24},
+    GPT2,
+    {"norm": "layernorm", "num_kv_heads": 1},
+]
+# Sums of a few hundred numbers of size one, in another order: fp32 has 24 bits, of which the last three may go.
+ROUNDING = 1e-6
+# The same for gradients that are summed over all tokens.
+GRADIENT_ROUNDING = 1e-5
+
+
+def make(seed=0, **changes):
+    model = Transformer(Decoder(**(SMALL | changes)))
+    init_weights(model, seed)
+    return model
+
+
+def random_ids(rows=2, length=12, seed=0):
+    return torch.randint(SMALL["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(found, wanted, tolerance=ROUNDING):
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_number_of_parameters_is_exact(changes):
+    model = make(**changes)
+    assert model.config.num_params() == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_a_later_token_never_moves_an_earlier_logit(changes):
+    model, ids = make(**changes), random_ids()
+    changed = ids.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % SMALL["vocab_size"]
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
+
+
+def test_more_positions_than_the_model_has_are_refused():
+    with pytest.raises(ConfigError, match="max_seq_len: the model reads 16 positions, found 17"):
+        make()(random_ids(length=17))
+
+
+def test_logits_hold_real_ids_only():
+    model = make()
+    assert model.embedding.weight.shape == (64, 16)
+    assert model(random_ids()).shape == (2, 12, 50)
+
+
+# --- first weights
+
+
+def test_first_weights_follow_from_seed_and_name_alone():
+    deep, shallow = make(seed=3, num_layers=2), make(seed=3, num_layers=1)
+    torch.manual_seed(99)
+    again = make(seed=3)
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, deep.state_dict()[name])
+    for name in ("embedding.weight", "blocks.0.attention.query.weight", "blocks.0.mlp.gate.weight"):
+        assert torch.equal(deep.state_dict()[name], shallow.state_dict()[name])
+    assert not torch.equal(make(seed=4).embedding.weight, deep.embedding.weight)
+    first, second = deep.blocks[0].mlp, deep.blocks[1].mlp
+    assert not torch.equal(first.up.weight, second.up.weight)
+
+
+def test_first_weights_have_the_deviation_of_the_settings():
+    model = make(d_model=128, num_layers=2, init_std=0.02, bias=True, vocab_size=1000)
+    # 16384 draws: their deviation is off by 0.6 percent (one in sqrt(2n)); four times that
+    for weight, std in [
+        (model.embedding.weight[:1000], 0.02),
+        (model.blocks[1].attention.query.weight, 0.02),
+        (model.blocks[1].attention.out.weight, 0.02 / math.sqrt(4)),
+        (model.blocks[0].mlp.down.weight, 0.02 / math.sqrt(4)),
+    ]:
+        assert weight.std().item() == pytest.approx(std, rel=0.025)
+    assert model.embedding.weight[1000:].eq(0).all()
+    assert model.norm.weight.eq(1).all()
+    assert model.blocks[0].attention.query.bias.eq(0).all()
+
+
+# --- layers against naive formulas
+
+
+def test_rotary_turns_pairs_by_the_angle_of_the_position():
+    config = Decoder(d_model=8, num_heads=1, rope_theta=100.0)
+    x = torch.randn(1, 5, 1, 8, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([3, 0, 7, 1, 2])
+    turned = rotate(x, make_rotary(positions, config, torch.float32))
+    for t, position in enumerate(positions.tolist()):
+        for i in range(4):
+            angle = position * 100.0 ** (-2 * i / 8)
+            a, b = x[0, t, 0, i].item(), x[0, t, 0, i + 4].item()
+            assert turned[0, t, 0, i].item() == pytest.approx(a * math.cos(angle) - b * math.sin(angle), abs=ROUNDING)
+            assert turned[0, t, 0, i + 4].item() == pytest.approx(
+                b * math.cos(angle) + a * math.sin(angle), abs=ROUNDING
+            )
+
+
+def naive_attention(layer, x, rotary):
+    """One head and one position at a time."""
+    out = torch.zeros(x.shape)
+    q, k, v = (linear(x).unflatten(-1, (-1, layer.head_dim)) for linear in (layer.query, layer.key, layer.value))
+    q, k = rotate(q, rotary), rotate(k, rotary)
+    shared = q.shape[2] // k.shape[2]
+    for row in range(x.shape[0]):
+        for head in range(q.shape[2]):
+            for t in range(x.shape[1]):
+                scores = k[row, : t + 1, head // shared] @ q[row, t, head] / math.sqrt(layer.head_dim)
+                mixed = scores.exp() / scores.exp().sum() @ v[row, : t + 1, head // shared]
+                out[row, t, head * layer.head_dim : (head + 1) * layer.head_dim] = mixed
+    return layer.out(out)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@torch.no_grad()
+def test_attention_is_the_naive_formula(kv_heads):
+    config = Decoder(d_model=16, num_heads=4, num_kv_heads=kv_heads)
+    torch.manual_seed(0)
+    layer, x = Attention(config), torch.randn(2, 6, 16)
+    rotary = make_rotary(torch.arange(6), config, x.dtype)
+    assert_close(layer(x, rotary), naive_attention(layer, x, rotary))
+
+
+@torch.no_grad()
+def test_grouped_queries_are_repeated_keys_and_values():
+    torch.manual_seed(0)
+    grouped = Attention(Decoder(d_model=16, num_heads=4, num_kv_heads=2))
+    full, x = Attention(Decoder(d_model=16, num_heads=4)), torch.randn(2, 6, 16)
+    for name in ("query", "out"):
+        getattr(full, name).weight.copy_(getattr(grouped, name).weight)
+    for name in ("key", "value"):
+        heads = getattr(grouped, name).weight.unflatten(0, (2, 4))
+        getattr(full, name).weight.copy_(heads.repeat_interleave(2, dim=0).flatten(0, 1))
+    assert_close(grouped(x), full(x))
+
+
+@torch.no_grad()
+def test_swiglu_and_norms_are_their_formulas():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16)
+    layer = SwiGLU(Decoder(d_model=16))
+    gate = x @ layer.gate.weight.T
+    assert_close(layer(x), (gate * gate.sigmoid() * (x @ layer.up.weight.T)) @ layer.down.weight.T)
+    rms = layers.make_norm(Decoder(d_model=16, norm_eps=0.1))
+    rms.weight.normal_()
+    assert_close(rms(x), x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * rms.weight)
+
+
+# --- the loss
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), [(64, 64), (50, 64)])
+def test_the_loss_and_its_gradients_are_those_of_all_logits_at_once(monkeypatch, vocab_size, rows):
+    monkeypatch.setattr(layers, "CPU_CHUNK_TOKENS", 8)  # 20 tokens: two whole chunks and a part
+    torch.manual_seed(0)
+    x, weight = torch.randn(20, 16, requires_grad=True), torch.randn(rows, 16, requires_grad=True)
+    labels = torch.randint(vocab_size, (20,))
+    labels[[0, 9, 19]] = -100
+    wanted = F.cross_entropy(x @ weight[:vocab_size].T, labels, reduction="sum")
+    wanted_x, wanted_weight = torch.autograd.grad(3 * wanted, (x, weight))
+    found = summed_cross_entropy(x, weight, labels, vocab_size)
+    found_x, found_weight = torch.autograd.grad(3 * found, (x, weight))
+    torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=0)
+    assert_close(found_x, wanted_x, GRADIENT_ROUNDING)
+    assert_close(found_weight, wanted_weight, GRADIENT_ROUNDING)
+    assert found_weight[vocab_size:].eq(0).all()
+
+
+def test_the_loss_without_a_label_is_zero():
+    model = make()
+    loss = model(random_ids(), torch.full((2, 12), -100))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad.eq(0).all() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_the_loss_is_fp32_and_needs_no_gradient():
+    model = make().bfloat16()
+    loss = model(random_ids(), random_ids(seed=1))
+    assert loss.dtype == torch.float32
+    assert not loss.requires_grad
+    x, weight = model.hidden(random_ids()).flatten(0, 1), model.head_weight
+    logits = (x @ weight.T)[:, :50].float()
+    torch.testing.assert_close(loss, F.cross_entropy(logits, random_ids(seed=1).flatten(), reduction="sum"))
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_gradients_of_the_model_are_those_of_its_logits(changes):
+    """Above all those of an embedding that is the output layer too."""
+    model, ids, labels = make(**changes), random_ids(), random_ids(seed=1)
+    model(ids, labels).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    for name, p in model.named_parameters():
+        assert_close(found[name], p.grad, GRADIENT_ROUNDING)
+
+
+def test_the_loss_falls_in_training():
+    model, ids = make(), random_ids(rows=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(40):
+        loss = model(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[0] == pytest.approx(math.log(50), abs=0.1)
+    assert losses[-1] < 1.0
+
+
+# --- the classifier
+
+
+def test_a_classifier_does_not_see_padding():
+    model = Classifier(make(), 3)
+    init_weights(model, 0)
+    ids, mask = random_ids(), torch.ones(2, 12, dtype=torch.bool)
+    mask[:, 8:] = False
+    assert_close(model(ids, mask), model(ids[:, :8], mask[:, :8]))
+    mean = model.trunk.hidden(ids[:, :8]).mean(1)
+    assert_close(model(ids, mask), model.head(mean))
+    labels = torch.tensor([2, -100])
+    wanted = F.cross_entropy(model(ids, mask)[:1], labels[:1])
+    assert_close(model(ids, mask, labels), wanted)
+
+
+def test_a_classifier_needs_a_name_for_each_class():
+    assert Classifier(make(), 2).labels == ["0", "1"]
+    with pytest.raises(ConfigError, match="labels: wanted 2 names, one for each class, found 1"):
+        Classifier(make(), 2, ["spam"])
+
+
+# --- saving and loading
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_a_model_comes_back_as_it_was(tmp_path, changes):
+    model = make(**changes)
+    assert save_model(tmp_path, model) == ["model.safetensors", "config.json"]
+    loaded = load_model(tmp_path)
+    assert isinstance(loaded, Transformer)
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert torch.equal(loaded(random_ids()), model(random_ids()))
+    assert all(p.requires_grad for p in loaded.parameters())
+    tied = model.config.tie_embeddings
+    assert ("head.weight" in load_file(tmp_path / "model.safetensors")) is not tied
+
+
+def test_training_a_loaded_model_leaves_its_file_alone(tmp_path):
+    save_model(tmp_path, make())
+    before = (tmp_path / "model.safetensors").read_bytes()
+    loaded = load_model(tmp_path)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.zero_()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_a_classifier_comes_back_with_its_labels(tmp_path):
+    model = Classifier(make(), 2, ["good", "bad"])
+    init_weights(model, 1)
+    save_model(tmp_path, model, {name: weight.bfloat16() for name, weight in model.state_dict().items()})
+    loaded = load_model(tmp_path)
+    assert isinstance(loaded, Classifier)
+    assert loaded.labels == ["good", "bad"]
+    assert loaded.head.weight.dtype == torch.bfloat16
+    assert torch.equal(loaded.head.weight, model.head.weight.bfloat16())
+
+
+def test_a_damaged_or_missing_file_is_refused(tmp_path):
+    save_model(tmp_path, make())
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: damaged \(.*save the model again"):
+        load_model(tmp_path)
+    path.unlink()
+    with pytest.raises(ArtifactError, match=r"no model\.safetensors; wanted a saved model"):
+        load_model(tmp_path)
+
+
+def test_weights_that_are_not_those_of_the_settings_are_refused_by_name(tmp_path):
+    model = make()
+    save_model(tmp_path, model)
+    weights = model.state_dict()
+    weights["extra.weight"] = weights.pop("norm.weight")
+    weights["blocks.0.mlp.up.weight"] = torch.zeros(3, 3)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ArtifactError) as error:
+        load_model(tmp_path)
+    path = tmp_path / "model.safetensors"
+    assert str(error.value).splitlines() == [
+        f"{path}: no weight 'norm.weight'",
+        f"{path}: unknown weight 'extra.weight'",
+        f"{path}: 'blocks.0.mlp.up.weight': wanted shape (64, 16), found (3, 3)",
+        f"{path}: the weights are not those of config.json",
+    ]
+
+
+def test_config_json_is_our_own_settings(tmp_path):
+    save_model(tmp_path, make())
+    data = json.loads((tmp_path / "config.json").read_text())
+    assert (data["format"], data["labels"], data["model"]["kind"]) == (1, None, "decoder")
+    assert data["model"]["vocab_size"] == 50

@@ -1,0 +1,106 @@
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from pipeline.errors import ConfigError
+from pipeline.settings import Choice, Input, Settings, Source, decode, encode, fingerprint, marked, nearest
+
+
+class Adam(Choice):
+    kind: Literal["adam"] = "adam"
+    lr: float = 1.0
+
+
+class Read(Choice):
+    kind: Literal["read"] = "read"
+    path: Annotated[str, Source()]
+
+
+class Learn(Choice):
+    kind: Literal["learn"] = "learn"
+    tokens: Annotated[str, Input("tokens")]
+    others: Annotated[dict[str, str], Input()] = {}
+    readers: list[Read] = []
+    optimizer: Adam = Adam()
+    steps: int = Field(default=1, ge=1)
+
+
+class Root(Settings):
+    tasks: dict[str, Annotated[Read | Learn, Field(discriminator="kind")]] = {}
+    threads: int | None = None
+
+
+def problems(data) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        decode(Root, data)
+    assert caught.value.exit_status == 2
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"tasks": {"a": {"kind": "lern"}}}, "tasks.a.kind: no stage is called 'lern'; did you mean 'learn'?"),
+        ({"tasks": {"a": {"kind": "zzz"}}}, "tasks.a.kind: no stage is called 'zzz'; there is learn, read"),
+        ({"tasks": {"a": {}}}, "tasks.a.kind: missing; say which kind"),
+        ({"tasks": {"a": {"kind": "read"}}}, "tasks.a.path: missing; give it a value"),
+        ({"thread": 1}, "thread: no such setting; did you mean 'threads'?"),
+        ({"threads": "two"}, "threads: wanted an integer, found 'two'"),
+        ({"threads": True}, "threads: wanted an integer, found True"),
+        ({"threads": 1.5}, "threads: wanted an integer, found 1.5"),
+        (
+            {"tasks": {"a": {"kind": "learn", "tokens": "t", "steps": 0}}},
+            "tasks.a.steps: wanted greater than or equal to 1, found 0",
+        ),
+        (
+            {"tasks": {"a": {"kind": "learn", "tokens": "t", "optimizer": {"kind": "adam", "lrr": 1}}}},
+            "tasks.a.optimizer.lrr: no such setting; did you mean 'lr'?",
+        ),
+        (
+            {"tasks": {"a": {"kind": "learn", "tokens": "t", "readers": [{"kind": "read", "paht": "x", "path": "y"}]}}},
+            "tasks.a.readers.0.paht: no such setting; did you mean 'path'?",
+        ),
+    ],
+)
+def test_each_mistake_is_one_clear_line(data, message):
+    assert problems(data) == [message]
+
+
+def test_several_mistakes_are_reported_together():
+    found = problems({"tasks": {"a": {"kind": "learn", "stps": 3}, "b": {"kind": "no"}}, "threads": "x"})
+    assert {line.split(":")[0] for line in found} == {"tasks.a.tokens", "tasks.a.stps", "tasks.b.kind", "threads"}
+
+
+def test_encode_and_decode_are_inverse():
+    root = decode(Root, {"tasks": {"a": {"kind": "learn", "tokens": "@b", "steps": 5}}})
+    assert decode(Root, encode(root)) == root
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Adam().lr = 2.0
+
+
+def test_fingerprint_ignores_the_order_of_keys_and_nothing_else():
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1})
+    assert len({fingerprint(x) for x in ({"a": 1}, {"a": 2}, {"a": "1"}, {"b": 1}, {"a": [1]}, {"a": None})}) == 6
+    assert fingerprint({"a": 1}) == "015abd7f5cc57a2d"  # must not change between versions: artifacts would be redone
+
+
+def test_marked_finds_inputs_and_sources_however_deep():
+    stage = Learn(tokens="@t", others={"x": "@u"}, readers=[Read(path="p"), Read(path="q")])
+    assert [(place, mark.kinds, value) for place, mark, value in marked(stage, Input)] == [
+        ("tokens", ("tokens",), "@t"),
+        ("others.x", (), "@u"),
+    ]
+    assert [(place, value) for place, _, value in marked(stage, Source)] == [
+        ("readers.0.path", "p"),
+        ("readers.1.path", "q"),
+    ]
+
+
+def test_nearest_names_one_or_lists_all():
+    assert nearest("tokenise", ["tokenize", "shard"]) == "; did you mean 'tokenize'?"
+    assert nearest("qqq", ["b", "a"]) == "; there is a, b"
+    assert nearest("qqq", []) == ""
