@@ -61,7 +61,7 @@ class Task:
 
     name: str
     where: str
-    stage: Stage
+    stage: AnyStage
     needs: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, Path] = field(default_factory=dict)
     fingerprint: str = ""
@@ -82,7 +82,7 @@ def plan(command: Command, job: str | None) -> list[Task]:
     if command.stage is not None and command.tasks:
         raise ConfigError("stage: a job brings its own stages; say either job=NAME or stage=KIND")
     if command.stage is not None:
-        tasks = {command.stage.kind: Task(command.stage.kind, "stage", command.stage)}
+        tasks = {str(command.stage.kind): Task(command.stage.kind, "stage", command.stage)}
     else:
         tasks = {name: Task(name, f"tasks.{name}", stage) for name, stage in command.tasks.items()}
     _connect(tasks)

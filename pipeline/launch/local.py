@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Literal
@@ -149,19 +149,23 @@ def _wait(ranks: "list[subprocess.Popen[bytes]]") -> int | None:
     """Wait for all ranks; return the first that failed. Once one has, the others are ended."""
     failed: int | None = None
     deadline = float("inf")
-    while any(rank.poll() is None for rank in ranks):
-        if failed is None:
-            failed = next((i for i, rank in enumerate(ranks) if rank.returncode), None)
-            if failed is not None:
-                preempted = ranks[failed].returncode == Preempted.exit_status
-                deadline = time.monotonic() + GRACE_S * (12 if preempted else 1)
-                _signal_all(ranks, signal.SIGTERM)
+    while None in (statuses := [rank.poll() for rank in ranks]):
+        if failed is None and any(statuses):
+            failed = _first(statuses)
+            preempted = statuses[failed] == Preempted.exit_status
+            deadline = time.monotonic() + GRACE_S * (12 if preempted else 1)
+            _signal_all(ranks, signal.SIGTERM)
         if time.monotonic() > deadline:
             _signal_all(ranks, signal.SIGKILL)
-        time.sleep(0.02)
+        time.sleep(0.01)
     for rank in ranks:
         rank.pump.join()  # type: ignore[attr-defined]
-    return next((i for i, rank in enumerate(ranks) if rank.returncode), None) if failed is None else failed
+    return _first(statuses) if failed is None and any(statuses) else failed
+
+
+def _first(statuses: Sequence[int | None]) -> int:
+    """Return the rank to blame: one that a signal ended, before those that only lost their peer."""
+    return min((i for i, status in enumerate(statuses) if status), key=lambda i: (statuses[i] or 0) > 0)
 
 
 def _signal_all(ranks: "list[subprocess.Popen[bytes]]", number: int) -> None:

@@ -14,32 +14,40 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class Decoder(Choice):
-    """A causal Transformer. The defaults are Llama's choices; GPT-2's can be had by settings."""
+    """A causal Transformer. The defaults are Llama's choices; GPT-2's can be had by settings.
+
+    Attributes:
+        vocab_size: Number of ids; null takes it from the tokens.
+        vocab_multiple: The embedding's rows are padded up to a multiple of this, for speed and so that ranks can share
+            them; ids stay what they are.
+        num_kv_heads: Key and value heads. Null is as many as `num_heads`; fewer is grouped-query attention
+            (Ainslie et al. 2023, arXiv:2305.13245).
+        d_ff: Width of the feed-forward layer. Null is 4 * d_model for gelu, and for swiglu 8/3 * d_model rounded up to
+            a multiple of 64, which has about as many parameters.
+        mlp: gelu is the tanh approximation, as in GPT-2.
+        bias: Of the linear layers and of layernorm; the output layer never has one.
+        tie_embeddings: Whether the output layer is the embedding.
+        init_std: Deviation of the first weights, GPT-2's (Radford et al. 2019); the layers that write to the residual
+            stream get it / sqrt(2 * num_layers).
+    """
 
     kind: Literal["decoder"] = "decoder"
-    # null: taken from the tokens
     vocab_size: int | None = Field(default=None, gt=0)
-    # The embedding has its rows padded up to a multiple of this, for speed and so that ranks can share it; ids stay.
     vocab_multiple: int = Field(default=64, gt=0)
     d_model: int = Field(default=256, gt=0)
     num_layers: int = Field(default=4, gt=0)
     num_heads: int = Field(default=4, gt=0)
-    # null: as many as num_heads; fewer: grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)
     num_kv_heads: int | None = Field(default=None, gt=0)
-    # null: 4 * d_model for gelu; for swiglu 8/3 * d_model rounded up to a multiple of 64, as many parameters as gelu's
     d_ff: int | None = Field(default=None, gt=0)
     max_seq_len: int = Field(default=512, gt=0)
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = Field(default=1e-5, gt=0)
     positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = Field(default=10000.0, gt=0)
-    # gelu is the tanh approximation, as in GPT-2
     mlp: Literal["swiglu", "gelu"] = "swiglu"
-    # of the linear layers and of layernorm; the output layer has none
     bias: bool = False
     tie_embeddings: bool = True
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    # GPT-2's value (Radford et al. 2019); the layers that write to the residual stream get it / sqrt(2 * num_layers)
     init_std: float = Field(default=0.02, gt=0)
 
     @model_validator(mode="after")
@@ -122,11 +130,14 @@ class Decoder(Choice):
 
 
 class ModelFile(Settings):
-    """What a saved model's `config.json` holds."""
+    """What a saved model's `config.json` holds.
+
+    Attributes:
+        labels: The names of a classifier's classes, in the order of its outputs; null is a language model.
+    """
 
     format: Literal[1] = 1
     model: Decoder
-    # null: a language model; otherwise the names of a classifier's classes, in the order of its outputs
     labels: list[str] | None = None
 
 

@@ -148,7 +148,8 @@ def save_model(
         state: The weights, if the model itself holds only a share of them.
     """
     trunk, labels = (model.trunk, model.labels) if isinstance(model, Classifier) else (model, None)
-    weights = {name: w.detach().cpu().contiguous() for name, w in (state or model.state_dict()).items()}
+    state = model.state_dict() if state is None else state
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in state.items()}
     save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     config = encode(ModelFile(model=trunk.config, labels=labels))
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Literal
 from pipeline.report.frame import Scale, figure, hit, place, plot, x_axis, y_axis
 from pipeline.report.markup import Html, el
 from pipeline.report.numerals import amount, number, percent, plural, short
-from pipeline.report.scales import Point, log_bins, log_ticks, thin, tick_labels, ticks, y_range
+from pipeline.report.scales import Point, log_bins, log_ticks, thin, tick_labels, ticks, value_ticks
 
 INNER = 1000  # width and height of the inner drawing, which is stretched over the plot
 MAX_COLUMNS = 80  # how many columns of a chart answer to a pointer
@@ -60,18 +60,20 @@ def line_chart(
     from_zero: bool = False,
     level: Level | None = None,
     tokens_per_step: float | None = None,
+    span: tuple[float, float] | None = None,
 ) -> Html:
     """Draw curves over steps.
 
     Args:
         from_zero: Let the axis of values begin at zero.
         tokens_per_step: Gives the axis a second row of labels, in tokens.
+        span: First and last step to show; null shows those of the curves.
     """
     values = [y for curve in curves for _, y in curve.points]
     measured = [y for curve in curves if not curve.is_derived for _, y in curve.points]
     thinned = [replace(curve, points=thin(curve.points)) for curve in curves if curve.points]
-    low, high = _step_range([x for curve in thinned for x, _ in curve.points])
-    scale = Scale(low, high, *y_range(values, from_zero))
+    low, high = _step_range(*(span or _ends(thinned)))
+    scale = Scale(low, high, value_ticks(values, from_zero))
     steps = ticks(low, high, whole=True)
     rows = [tick_labels(steps)]
     if tokens_per_step:
@@ -82,7 +84,7 @@ def line_chart(
         _draw_level(scale, level),
         el("svg", (_path(scale, c) for c in thinned), class_="data", viewBox=_BOX, preserveAspectRatio="none"),
         (_dots(scale, curve) for curve in thinned),
-        el("g", _columns(scale, thinned, tokens_per_step), class_="hits"),
+        el("g", _columns(scale, curves, tokens_per_step), class_="hits"),
     ]
     below = ["step", "tokens"][: len(rows)]
     legend = _legend(curves) if sum(curve.in_legend for curve in curves) > 1 else None
@@ -99,7 +101,7 @@ def histogram(title: str, subtitle: str, counts: Mapping[int, int], unit: str, n
     """
     bins, total = log_bins(counts), sum(counts.values())
     low, high = bins[0][0], bins[-1][1]
-    scale = Scale(low, high, *y_range([0, max(count for _, _, count in bins)], from_zero=True), log=True)
+    scale = Scale(low, high, value_ticks([0, max(count for _, _, count in bins)]), log=True)
     sizes = log_ticks(low, high)
     drawing = [
         y_axis(scale),
@@ -128,9 +130,13 @@ def meter(share: float, colour: int, title: str | None = None) -> Html:
 _BOX = f"0 0 {INNER} {INNER}"
 
 
-def _step_range(steps: Sequence[float]) -> tuple[float, float]:
+def _ends(curves: Sequence[Curve]) -> tuple[float, float]:
+    steps = [x for curve in curves for x, _ in curve.points]
+    return min(steps), max(steps)
+
+
+def _step_range(low: float, high: float) -> tuple[float, float]:
     """Return the range of the axis of steps: from 0 if the first step is near it."""
-    low, high = min(steps), max(steps)
     if low == high:
         return low - 1, high + 1
     return (0 if 0 < low <= high / 10 else low), high
@@ -154,7 +160,7 @@ def _dots(scale: Scale, curve: Curve) -> Html | None:
 
 
 def _draw_level(scale: Scale, level: Level | None) -> Html | None:
-    if level is None or not scale.y_low <= level.value <= scale.y_high:
+    if level is None or not scale.y_ticks[0] <= level.value <= scale.y_ticks[-1]:
         return None
     height = place(scale.y(level.value))
     line = el("line", x1="0", x2="100%", y1=height, y2=height)
@@ -163,6 +169,7 @@ def _draw_level(scale: Scale, level: Level | None) -> Html | None:
 
 def _columns(scale: Scale, curves: Sequence[Curve], tokens_per_step: float | None) -> Iterable[Html]:
     """Cut the plot into columns around some of the steps; each tells the points of the curves that lie in it."""
+    curves = [curve for curve in curves if curve.points]
     steps = sorted({x for curve in curves for x, _ in curve.points})
     first = {x for curve in curves if curve.look == "dots" for x, _ in thin(curve.points, MAX_COLUMNS)}
     chosen = sorted(first | set(steps[:: -(-len(steps) // MAX_COLUMNS)]))
@@ -173,7 +180,8 @@ def _columns(scale: Scale, curves: Sequence[Curve], tokens_per_step: float | Non
         for curve in curves:
             x, y = _nearest(curve.points, step)
             if left <= x <= right:
-                lines.append(f"{curve.label} {number(y)}" + (f" at step {x:,.0f}" if x != step else ""))
+                elsewhere = f" at step {x:,.0f}" if x != step and not curve.is_derived else ""
+                lines.append(f"{curve.label} {number(y)}{elsewhere}")
         yield hit(scale.x(left), scale.x(right) - scale.x(left), *lines)
 
 
@@ -192,8 +200,8 @@ def _legend(curves: Sequence[Curve]) -> Html:
 
 def _beyond(scale: Scale, values: Sequence[float]) -> str | None:
     """Say what lies beyond the range of the axis."""
-    above = [value for value in values if value > scale.y_high]
-    below = [value for value in values if value < scale.y_low]
+    above = [value for value in values if value > scale.y_ticks[-1]]
+    below = [value for value in values if value < scale.y_ticks[0]]
     notes = []
     if above:
         notes.append(f"{plural(len(above), 'value')} above the top, the highest {number(max(above))}")

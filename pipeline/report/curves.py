@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.report.charts import Curve, Level, line_chart
-from pipeline.report.entries import Entry
+from pipeline.report.entries import Entry, is_number
 from pipeline.report.markup import Html, el
 from pipeline.report.scales import Point, smooth
 
@@ -61,7 +61,7 @@ def read_runs(rows: Sequence[dict[str, float]]) -> Runs:
     runs: Runs = {}
     for row in rows:
         for name, value in row.items():
-            if name not in ("step", "time") and math.isfinite(value):
+            if name not in ("step", "time") and is_number(value) and math.isfinite(value):
                 run, _, measure = name.rpartition("/")
                 runs.setdefault(run, {}).setdefault(measure, []).append((row["step"], value))
     if len(runs) > 1:
@@ -93,7 +93,11 @@ def _loss_chart(entry: Entry, runs: Runs) -> Html:
             if name in measures:
                 label = f"{run} validation" if run else "validation"
                 drawn.append(Curve(label, measures[name], 2 if alone else colour, "dots"))
-    return el("div", line_chart("Loss", "nats", drawn, tokens_per_step=tokens_per_step(entry)), class_="wide")
+    return el(
+        "div",
+        line_chart("Loss", "nats", drawn, tokens_per_step=tokens_per_step(entry), span=_span(runs)),
+        class_="wide",
+    )
 
 
 def _chart(entry: Entry, runs: Runs, name: str) -> Html:
@@ -105,7 +109,7 @@ def _chart(entry: Entry, runs: Runs, name: str) -> Html:
     ]
     clip = entry.settings.get("clip_norm") if name == "grad_norm" else None
     level = Level(clip, f"clipped to {clip:g}") if clip else None
-    return line_chart(measure.title, measure.unit, drawn, measure.from_zero, level, tokens_per_step(entry))
+    return line_chart(measure.title, measure.unit, drawn, measure.from_zero, level, tokens_per_step(entry), _span(runs))
 
 
 def _curve(run: str, name: str, points: Sequence[Point], colour: int) -> list[Curve]:
@@ -118,6 +122,12 @@ def _curve(run: str, name: str, points: Sequence[Point], colour: int) -> list[Cu
         return [Curve(run or "training", points, colour, look)]
     faint = Curve(f"{run} each step".strip(), points, colour, "faint", in_legend=not run)
     return [faint, Curve(f"{run} smoothed".strip(), smooth(points), colour, look, is_derived=True)]
+
+
+def _span(runs: Runs) -> tuple[float, float]:
+    """Return the first and the last step of all, so that the charts of a training share one axis."""
+    steps = [step for run in runs.values() for points in run.values() for step, _ in points]
+    return min(steps), max(steps)
 
 
 def _ordered(runs: Runs) -> list[tuple[str, dict[str, list[Point]]]]:

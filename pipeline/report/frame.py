@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.report.markup import Child, Html, el
-from pipeline.report.scales import tick_labels, ticks
+from pipeline.report.scales import tick_labels
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Scale:
     """From values to places: in percent of the plot from the left, and from the top.
 
     Attributes:
+        y_ticks: The first and the last are the ends of the axis.
         log: Whether the horizontal axis is logarithmic.
     """
 
     x_low: float
     x_high: float
-    y_low: float
-    y_high: float
+    y_ticks: Sequence[float]
     log: bool = False
 
     def x(self, value: float) -> float:
@@ -34,7 +34,8 @@ class Scale:
 
     def y(self, value: float) -> float:
         """Return the place of a y, on the edge if it lies beyond."""
-        return min(100.0, max(0.0, 100 * (self.y_high - value) / (self.y_high - self.y_low)))
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        return min(100.0, max(0.0, 100 * (high - value) / (high - low)))
 
 
 def figure(title: str, unit: str, plot: Child, legend: Child = None, note: str | None = None) -> Html:
@@ -57,9 +58,8 @@ def plot(drawing: Child, label: str, below: Sequence[str], class_: str = "") -> 
 
 def y_axis(scale: Scale) -> Html:
     """Draw the horizontal grid and its labels."""
-    values = ticks(scale.y_low, scale.y_high)
     drawn = []
-    for value, label in zip(values, tick_labels(values), strict=True):
+    for value, label in zip(scale.y_ticks, tick_labels(scale.y_ticks), strict=True):
         height = place(scale.y(value))
         drawn.append(el("line", x1="0", x2="100%", y1=height, y2=height, class_="base" if value == 0 else None))
         drawn.append(el("text", label, x="0", y=height, dx="-8", dy="4"))

@@ -1,7 +1,8 @@
-"""The graph of a job: tasks in layers from left to right, joined by arrows.
+"""The graph of a job: tasks in layers, joined by arrows, from left to right or, for narrow screens, downwards.
 
 The layout is that of Sugiyama et al. (1981): a task stands one layer after the last of what it needs; an arrow that
 passes layers gets a lane in each; lanes and tasks of a layer are ordered by the mean place of their neighbours.
+Lengths are counted along the flow and across it, and turned into x and y at the end.
 """
 
 import textwrap
@@ -16,12 +17,13 @@ from pipeline.report.markup import Html, el
 from pipeline.report.numerals import duration
 
 WIDTH = 158  # of a task
-GAP_X, GAP_Y = 30, 18
+BETWEEN_LAYERS, BETWEEN_TASKS = 30, 18
 MARGIN = 11  # of a task, around its text
 LINE = 16  # height of a line of text
-LANE = 12  # height of an arrow that passes a layer
+LANE = 12  # room of an arrow that passes a layer
 EDGE = 4  # around the whole drawing
 LETTERS = 22  # that have room in a line
+SWEEPS = 8
 
 
 @dataclass
@@ -31,47 +33,57 @@ class Node:
     Attributes:
         lines: The text of a task: of each line, its class in the style sheet and its words; a lane has none.
         is_outside: Whether it is an input that no task of the report made.
-        y: The middle of it.
+        start: Where its layer begins along the flow, and
+        length: how long it is there.
+        middle: Its middle across the flow.
     """
 
     lines: Sequence[tuple[str, str]] = ()
-    layer: int = 0
     is_outside: bool = False
-    y: float = 0.0
+    layer: int = 0
+    start: float = 0.0
+    length: float = 0.0
+    middle: float = 0.0
     before: list["Node"] = field(default_factory=list)
     after: list["Node"] = field(default_factory=list)
 
     @property
     def height(self) -> float:
-        """How much room it takes in its layer."""
-        return 2 * MARGIN + LINE * len(self.lines) if self.lines else LANE
+        """The height of its text with the margins."""
+        return 2 * MARGIN + LINE * len(self.lines)
 
-    @property
-    def x(self) -> float:
-        """Its left side."""
-        return EDGE + self.layer * (WIDTH + GAP_X)
+    def breadth(self, down: bool) -> float:
+        """Return the room that it takes across the flow."""
+        return (WIDTH if down else self.height) if self.lines else LANE
 
 
 def graph(entries: Sequence[Entry]) -> Html:
     """Draw the tasks and what feeds what; inputs from outside the report are drawn with a dashed line."""
+    return el("div", _drawing(entries, down=False), _drawing(entries, down=True), class_="graph scroll", tabindex=0)
+
+
+def _drawing(entries: Sequence[Entry], down: bool) -> Html:
     nodes = _nodes(entries)
     arrows = _connect(nodes, entries)
     layers = _layers([*nodes.values(), *(lane for arrow in arrows for lane in arrow[1:-1])])
-    _arrange(layers)
-    width = max(node.x for node in nodes.values()) + WIDTH + EDGE
-    height = max(node.y + node.height / 2 for layer in layers for node in layer) + EDGE
+    _arrange(layers, down)
+    along = max(node.start + node.length for node in nodes.values()) + EDGE
+    across = max(node.middle + node.breadth(down) / 2 for layer in layers for node in layer) + EDGE
+    width, height = (across, along) if down else (along, across)
     head = el("path", d="M0,0 L7,3.5 L0,7 z")
-    drawing = el(
+    name = "head-down" if down else "head"
+    lines = (el("path", d=_line(arrow, down), class_="arrow", marker_end=f"url(#{name})") for arrow in arrows)
+    return el(
         "svg",
-        el("defs", el("marker", head, id="head", markerWidth=7, markerHeight=7, refX="6.5", refY="3.5", orient="auto")),
-        (el("path", d=_line(arrow), class_="arrow", marker_end="url(#head)") for arrow in arrows),
-        map(_draw, nodes.values()),
+        el("defs", el("marker", head, id=name, markerWidth=7, markerHeight=7, refX="6.5", refY="3.5", orient="auto")),
+        lines,
+        (_draw(node, down) for node in nodes.values()),
         viewBox=f"0 0 {width:.0f} {height:.0f}",
-        style=f"max-width:{1.1 * width:.0f}px;min-width:{0.9 * width:.0f}px",
+        style=f"width:{width:.0f}px" if down else f"max-width:{1.1 * width:.0f}px;min-width:{0.9 * width:.0f}px",
+        class_="down" if down else "across",
         role="img",
         aria_label="Graph of the job: " + "; ".join(_sentence(entry, nodes) for entry in entries),
     )
-    return el("div", drawing, class_="graph scroll", tabindex=0)
 
 
 def _nodes(entries: Sequence[Entry]) -> dict[str, Node]:
@@ -109,11 +121,10 @@ def _connect(nodes: Mapping[str, Node], entries: Sequence[Entry]) -> list[list[N
     arrows = []
     for source, target in pairs:
         first, last = nodes[source], nodes[target]
-        lanes = [Node(layer=n) for n in range(first.layer + 1, last.layer)]
-        arrow = [first, *lanes, last]
-        for left, right in pairwise(arrow):
-            left.after.append(right)
-            right.before.append(left)
+        arrow = [first, *(Node(layer=number) for number in range(first.layer + 1, last.layer)), last]
+        for one, other in pairwise(arrow):
+            one.after.append(other)
+            other.before.append(one)
         arrows.append(arrow)
     return arrows
 
@@ -125,50 +136,64 @@ def _layers(nodes: Iterable[Node]) -> list[list[Node]]:
     return [layers[number] for number in sorted(layers)]
 
 
-def _arrange(layers: Sequence[list[Node]]) -> None:
-    """Give every node its height: each layer in the middle of the drawing, neighbours near each other."""
+def _arrange(layers: Sequence[list[Node]], down: bool) -> None:
+    """Give every node its place: neighbours near each other, layers in the middle or, downwards, at the left."""
+    start = float(EDGE)
     for layer in layers:
-        _stack(layer)
-    for sweep in range(8):
+        length = max(node.height for node in layer) if down else WIDTH
+        for node in layer:
+            node.start, node.length = start, length
+        start += length + BETWEEN_LAYERS
+        _stack(layer, down)
+    for sweep in range(SWEEPS):
         forth = sweep % 2 == 0
         for layer in layers if forth else reversed(layers):
-            layer.sort(key=lambda node: _mean(node.before if forth else node.after, node.y))
-            _stack(layer)
-    top = min(layer[0].y - layer[0].height / 2 for layer in layers) - EDGE
+            layer.sort(key=lambda node: _mean(node.before if forth else node.after, node.middle))
+            _stack(layer, down)
+    shift = EDGE - min(layer[0].middle - layer[0].breadth(down) / 2 for layer in layers)
     for layer in layers:
         for node in layer:
-            node.y -= top
+            node.middle += shift
 
 
-def _stack(layer: Sequence[Node]) -> None:
-    """Set the nodes of a layer under one another, in their order, around zero."""
-    top = -(sum(node.height for node in layer) + GAP_Y * (len(layer) - 1)) / 2
+def _stack(layer: Sequence[Node], down: bool) -> None:
+    """Set the nodes of a layer beside one another in their order."""
+    whole = sum(node.breadth(down) for node in layer) + BETWEEN_TASKS * (len(layer) - 1)
+    edge = 0.0 if down else -whole / 2
     for node in layer:
-        node.y = top + node.height / 2
-        top += node.height + GAP_Y
+        node.middle = edge + node.breadth(down) / 2
+        edge += node.breadth(down) + BETWEEN_TASKS
 
 
 def _mean(nodes: Sequence[Node], otherwise: float) -> float:
-    return sum(node.y for node in nodes) / len(nodes) if nodes else otherwise
+    return sum(node.middle for node in nodes) / len(nodes) if nodes else otherwise
 
 
-def _line(arrow: Sequence[Node]) -> str:
+def _line(arrow: Sequence[Node], down: bool) -> str:
     """Return the path of an arrow: straight through its lanes, curved between layers."""
-    path = f"M{arrow[0].x + WIDTH:.1f},{arrow[0].y:.1f}"
-    for left, right in pairwise(arrow):
-        middle = right.x - GAP_X / 2
-        path += f" C{middle:.1f},{left.y:.1f} {middle:.1f},{right.y:.1f} {right.x:.1f},{right.y:.1f}"
-        if right is not arrow[-1]:
-            path += f" H{right.x + WIDTH:.1f}"
+
+    def point(along: float, across: float) -> str:
+        return f"{across:.1f},{along:.1f}" if down else f"{along:.1f},{across:.1f}"
+
+    first = arrow[0]
+    end = first.start + (first.height if down else first.length)
+    path = f"M{point(end, first.middle)}"
+    for one, other in pairwise(arrow):
+        if end < one.start + one.length:
+            end = one.start + one.length
+            path += f" L{point(end, one.middle)}"
+        bend = (end + other.start) / 2
+        path += f" C{point(bend, one.middle)} {point(bend, other.middle)} {point(other.start, other.middle)}"
+        end = other.start
     return path
 
 
-def _draw(node: Node) -> Html:
+def _draw(node: Node, down: bool) -> Html:
     """Draw a task."""
-    x, top = node.x, node.y - node.height / 2
-    box = el("rect", x=f"{x:.1f}", y=f"{top:.1f}", width=WIDTH, height=f"{node.height:.0f}", rx=7)
+    x, y = (node.middle - WIDTH / 2, node.start) if down else (node.start, node.middle - node.height / 2)
+    box = el("rect", x=f"{x:.1f}", y=f"{y:.1f}", width=WIDTH, height=f"{node.height:.0f}", rx=7)
     lines = (
-        el("text", words, x=f"{x + MARGIN:.1f}", y=f"{top + MARGIN + LINE * (row + 0.75):.1f}", class_=style)
+        el("text", words, x=f"{x + MARGIN:.1f}", y=f"{y + MARGIN + LINE * (row + 0.75):.1f}", class_=style)
         for row, (style, words) in enumerate(node.lines)
     )
     return el("g", box, lines, class_="node outside" if node.is_outside else "node")

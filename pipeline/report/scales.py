@@ -9,6 +9,7 @@ from pipeline.report.numerals import THIN
 Point = tuple[float, float]
 
 MAX_POINTS = 600
+WINDOW = 250  # points on each side that an average looks at; of more, only every other, every third, …
 SPIKE = 8.0  # a range this many times wider than that of most values is one that outliers make
 
 
@@ -51,11 +52,14 @@ def tick_labels(values: Sequence[float]) -> list[str]:
         if largest >= size:
             size = min(size, 1e3) if prefix == "k" else size
             return [f"{_fixed(v / size, step / size)}{THIN}{prefix}" if v else "0" for v in values]
-    return [_fixed(v, step) for v in values]
+    return [_fixed(v, step) if v else "0" for v in values]
 
 
-def y_range(values: Sequence[float], from_zero: bool = False) -> tuple[float, float]:
-    """Return the range of an axis that shows `values`, widened to round numbers; spikes may lie beyond it."""
+def value_ticks(values: Sequence[float], from_zero: bool = False) -> list[float]:
+    """Return round ticks that span `values`, the first and the last being the ends of the axis.
+
+    Where a few values are so far out that nothing could be seen of the others, they lie beyond the ends.
+    """
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     near, far = quantile(ordered, 0.02), quantile(ordered, 0.98)
@@ -67,7 +71,8 @@ def y_range(values: Sequence[float], from_zero: bool = False) -> tuple[float, fl
     if high == low:
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
     step = tick_step(low, high)
-    return _exact(math.floor(low / step + 1e-9) * step), _exact(math.ceil(high / step - 1e-9) * step)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [_exact(number * step) for number in range(first, last + 1)]
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
@@ -91,15 +96,16 @@ def smooth(points: Sequence[Point], share: float = 0.04, limit: int = MAX_POINTS
     """Return a moving average at no more than `limit` of the points.
 
     It is the mean of the middle half of the values in a centred window of `share` of all points, which one spike
-    cannot move. The window narrows towards both ends.
+    cannot move. At the start, where curves are steep, the window narrows; at the end it loses its second half.
     """
     last = len(points) - 1
     places = range(last + 1) if last < limit else sorted({round(n * last / (limit - 1)) for n in range(limit)})
     half = int(len(points) * share / 2)
     smoothed = []
     for place in places:
-        reach = min(half, place, last - place)
-        window = sorted(y for _, y in points[place - reach : place + reach + 1])
+        reach = min(half, place)
+        stride = 1 + reach // WINDOW
+        window = sorted(y for _, y in points[place - reach : place + reach + 1 : stride])
         cut = len(window) // 4
         smoothed.append((points[place][0], math.fsum(window[cut : len(window) - cut]) / (len(window) - 2 * cut)))
     return smoothed

@@ -27,7 +27,11 @@ def lengths(entries: Sequence[Entry]) -> Html | None:
     """Show how long the documents are, in tokens."""
     counted = [entry for entry in entries if entry.lengths]
     drawn = [
-        el("div", _subtitle(entry, counted), histogram("Documents", "by tokens", entry.lengths, "tokens", "document"))
+        el(
+            "div",
+            _subtitle(entry, counted),
+            histogram("Documents", "by how many tokens they have", entry.lengths, "tokens", "document"),
+        )
         for entry in counted
     ]
     return join(drawn) if drawn else None
@@ -155,4 +159,6 @@ def _how_sampled(entry: Entry) -> Html:
     told = [
         f"{name.replace('_', ' ')} {entry.settings[name]}" for name in names if entry.settings.get(name) is not None
     ]
-    return el("p", "Prompts are set apart. ", ", ".join(told), class_="quiet")
+    return el(
+        "p", f"Prompts are marked. Sampled with {', '.join(told)}." if told else "Prompts are marked.", class_="quiet"
+    )

@@ -69,7 +69,14 @@ def _details(entry: Entry) -> Html:
         ("Numbers", [(name, _counted(value)) for name, value in flat(manifest.stats)]),
         ("Made", list(made.items())),
     ]
-    summary = el("summary", el("b", entry.name), " ", el("span", entry.kind), " ", el("code", entry.fingerprint))
+    summary = el(
+        "summary",
+        el("b", entry.name),
+        " ",
+        el("span", entry.kind) if entry.kind != entry.name else None,
+        " ",
+        el("code", entry.fingerprint),
+    )
     return el("details", summary, el("div", (_group(title, rows) for title, rows in groups if rows), class_="groups"))
 
 

@@ -11,11 +11,12 @@ from pipeline.stages.export import Export
 from pipeline.stages.finetune import Finetune
 from pipeline.stages.generate import Generate
 from pipeline.stages.pretrain import Pretrain
+from pipeline.stages.report import Report
 from pipeline.stages.shard import Shard
 from pipeline.stages.tokenize import Tokenize
 from pipeline.stages.train_tokenizer import TrainTokenizer
 
 AnyStage = Annotated[
-    Shard | Clean | Dedup | TrainTokenizer | Tokenize | Pretrain | Finetune | Evaluate | Generate | Export,
+    Shard | Clean | Dedup | TrainTokenizer | Tokenize | Pretrain | Finetune | Evaluate | Generate | Export | Report,
     Field(discriminator="kind"),
 ]

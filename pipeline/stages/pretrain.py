@@ -100,7 +100,7 @@ class Pretrain(Stage):
         model = Transformer(config)
         init_weights(model, self.seed)
         ctx.log(
-            f"{config.num_params() / 1e6:.1f} M parameters; {loader.stream.num_tokens:,} training tokens in "
+            f"{config.num_params():,} parameters; {loader.stream.num_tokens:,} training tokens in "
             f"{loader.stream.num_documents:,} documents, {held.num_tokens:,} held out in {held.num_documents:,}"
         )
         shared = {name: getattr(self, name) for name in Recipe.model_fields if name in type(self).model_fields}

@@ -11,7 +11,7 @@ from pipeline.settings import Settings, Source
 from pipeline.stage import Context, Run, Stats, Unit
 from pipeline.text.arrow import Document, read_ids, read_rejects
 from pipeline.text.corpus import SKIPPED, CorpusStage, CorpusWriter, check_books
-from pipeline.text.lines import Span, runs, whole_file
+from pipeline.text.lines import COMPRESSED, COMPRESSION, Span, runs
 from pipeline.text.readers import AnyReader, Auto
 from pipeline.text.rows import as_text, describe_problem
 from pipeline.text.sources import list_files
@@ -52,9 +52,10 @@ class Shard(CorpusStage):
     part_bytes: int = Field(default=64 << 20, ge=1, le=512 << 20)
 
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
-        """Return the size of the raw text, decompressed by a guess."""
-        files = itertools.chain.from_iterable(list_files(source.path) for source in self.sources)
-        return sum(whole_file(name, file).num_bytes for name, file in files)
+        """Return the size of the raw text, where it is compressed by a guess."""
+        files = [file for source in self.sources for _, file in list_files(source.path)]
+        packed = (*COMPRESSED, ".parquet")
+        return sum(file.stat().st_size * (COMPRESSION if file.suffix in packed else 1) for file in files)
 
     def run(self, ctx: Context) -> None:
         """Read this rank's units, each into its own parts."""

@@ -17,7 +17,7 @@ COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UNIT_BYTES = 64 << 20  # a unit is a minute or so of work
 MAX_DOCUMENT_BYTES = 1 << 30  # Arrow counts the tokens of a part in 31 bits
-COMPRESSION = 4  # about how often smaller compressed text is
+COMPRESSION = 4  # how many times smaller compressed text is, about
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,9 @@ from pipeline.artifact import open_artifact
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tiny")]
 
-TASKS = [
-    "shard",
-    "clean",
-    "dedup",
-    "train_tokenizer",
-    "tokenize",
-    "pretrain",
-    "finetune",
-    "evaluate",
-    "generate",
-    "export",
-    "report",
-]
+DATA_TASKS = ("shard", "clean", "dedup", "train_tokenizer", "tokenize")
+MODEL_TASKS = ("pretrain", "finetune", "evaluate", "generate", "export")
+TASKS = (*DATA_TASKS, *MODEL_TASKS, "report")
 
 
 @pytest.fixture
@@ -84,8 +74,8 @@ def test_a_stage_alone_has_the_fingerprint_it_has_in_the_job(root):
 
 
 def test_another_number_of_ranks_makes_the_same_data(tiny_root, tmp_path):
-    run_pipeline("job=tiny", f"root={tmp_path}", "run.ranks=3", "~tasks.report", *(f"~tasks.{t}" for t in TASKS[5:10]))
-    for task in TASKS[:5]:
+    run_pipeline("job=tiny", f"root={tmp_path}", "run.ranks=3", "~tasks.report", *(f"~tasks.{t}" for t in MODEL_TASKS))
+    for task in DATA_TASKS:
         one, other = (open_artifact(root / "jobs/tiny" / task).manifest for root in (tiny_root, tmp_path))
         assert one.fingerprint == other.fingerprint
         assert one.files == other.files

@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from conftest import PROJECT, command, run_pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tiny")]
 
-DATA_TASKS = ("shard", "clean", "dedup", "train_tokenizer", "tokenize")
 # fp32 sums of some thousand terms in another order: 1e-6 relative in one step, grown by 20 steps of training
 LOSS_TOLERANCE = 1e-4
 
@@ -103,7 +103,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_continues(pretrain, tmp_path
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 4
     assert "rank 1 was ended by SIGKILL; the same command continues" in errors
-    assert not any(os.path.exists(f"/proc/{child}") for child in children)
+    assert not any(Path("/proc", child).exists() for child in children)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR2, 75)])
@@ -167,11 +167,11 @@ def test_two_runs_never_write_one_directory(pretrain, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(pretrain, tmp_path):
-    done = run_pipeline(*pretrain("x", "stage.optimizer.lr=1e30", "stage.clip_norm=null"), status=5)
+    done = run_pipeline(*pretrain("x", "stage.optimizer.lr=1e39", "stage.clip_norm=null"), status=5)
     assert "the loss of step" in done.stderr
     assert "a lower optimizer.lr or a clip_norm often helps" in done.stderr
 
 
 def test_bf16_learns(pretrain, tmp_path):
-    run_pipeline(*pretrain("x", "stage.precision=bf16", "stage.steps=6", "run.parallel.zero=2"))
+    run_pipeline(*pretrain("x", "stage.precision=bf16", "stage.steps=12", "stage.optimizer.lr=1e-2", "run.parallel.zero=2"))
     assert losses(tmp_path, "x")[-1] < losses(tmp_path, "x")[0]

@@ -1,5 +1,6 @@
 """Stages run without a launcher: all ranks one after another in this process, published as the worker does."""
 
+import json
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,8 +9,11 @@ import pytest
 
 from pipeline.artifact import WORK, Artifact, InputRecord, Made, Manifest, open_artifact, write_manifest
 from pipeline.env import Ranks
+from pipeline.errors import Preempted
 from pipeline.settings import encode, fingerprint
 from pipeline.stage import Context, Run, Stage, read_outputs
+from pipeline.stages.shard import Shard, TextSource
+from pipeline.text.readers import Jsonl
 
 RunStage = Callable[..., Artifact]
 
@@ -61,3 +65,63 @@ def run_stage() -> RunStage:
         return publish(stage, run_ranks(stage, inputs, directory, world_size), world_size)
 
     return run
+
+
+@pytest.fixture
+def texts_to_corpus(tmp_path: Path, run_stage: RunStage) -> Callable[..., Artifact]:
+    """Give a function that makes a corpus of texts, with ids d0, d1, …, in parts of about `part_bytes`."""
+
+    def make(texts: list[str], part_bytes: int = 64 << 20, name: str = "raw") -> Artifact:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"id": f"d{n}", "text": text}) + "\n" for n, text in enumerate(texts)))
+        reader = Jsonl(id_field="id")
+        shard = Shard(sources=[TextSource(path=str(path), reader=reader)], part_bytes=part_bytes)
+        return run_stage(shard, {}, tmp_path / f"{name}-corpus")
+
+    return make
+
+
+@pytest.fixture
+def damage() -> Callable[[Path], None]:
+    """Give a function that flips one bit in the middle of a file."""
+
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    return flip
+
+
+def content(artifact: Artifact) -> dict[str, bytes]:
+    """Return all files of an artifact but its manifest."""
+    return {name: artifact.file(name).read_bytes() for name in artifact.names}
+
+
+@pytest.fixture
+def same_on_any_ranks(tmp_path: Path, run_stage: RunStage) -> Callable[..., Artifact]:
+    """Give a function that checks that 1, 2 and 3 ranks, and one that is killed after each unit, make equal bytes."""
+
+    def check(stage: Stage, inputs: Mapping[str, Artifact]) -> Artifact:
+        first = run_stage(stage, inputs, tmp_path / "one")
+        for world_size in (2, 3):
+            other = run_stage(stage, inputs, tmp_path / f"on{world_size}", world_size)
+            assert content(other) == content(first)
+            assert other.stats == first.stats
+        killed = publish(stage, _run_killed(stage, inputs, tmp_path / "killed"), 1)
+        assert content(killed) == content(first)
+        assert killed.stats == first.stats
+        return first
+
+    return check
+
+
+def _run_killed(stage: Stage, inputs: Mapping[str, Artifact], directory: Path) -> Context:
+    """Run a stage that is asked to stop after every unit, again and again until it is done."""
+    for _ in range(100):
+        asked = iter([False])
+        try:
+            return run_ranks(stage, inputs, directory, 1, lambda asked=asked: next(asked, True))
+        except Preempted:
+            notes = sorted((directory / WORK / "units").iterdir())
+    raise AssertionError(f"not done after 100 tries; finished units: {notes}")

@@ -50,8 +50,8 @@ def test_duplicate_fractions_count_repeats_only_and_ignore_rules():
 
 
 def test_top_ngram_fraction_counts_repeats_of_one_ngram():
-    assert top_ngram_fraction("a b a b a b c".split(), 2) == pytest.approx(4 / 7)
-    assert top_ngram_fraction("a b c d".split(), 2) == 0.0
+    assert top_ngram_fraction(list("abababc"), 2) == pytest.approx(4 / 7)
+    assert top_ngram_fraction(list("abcd"), 2) == 0.0
     assert top_ngram_fraction(["a"], 2) == 0.0
 
 
@@ -64,9 +64,9 @@ def test_the_bound_of_top_ngrams_never_hides_one_above_the_limit():
 
 
 def test_duplicate_ngram_fraction_counts_each_character_once():
-    assert duplicate_ngram_fraction("a b c x a b c".split(), 3) == pytest.approx(3 / 7)
-    assert duplicate_ngram_fraction("a a a a a a".split(), 2) == pytest.approx(5 / 6)
-    assert duplicate_ngram_fraction("a b".split(), 3) == 0.0
+    assert duplicate_ngram_fraction(list("abcxabc"), 3) == pytest.approx(3 / 7)
+    assert duplicate_ngram_fraction(list("aaaaaa"), 2) == pytest.approx(5 / 6)
+    assert duplicate_ngram_fraction(list("ab"), 3) == 0.0
 
 
 def test_fractions_of_longer_ngrams_only_fall():

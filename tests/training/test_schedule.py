@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ def test_cosine_warms_up_then_falls_to_the_final_fraction():
     assert factors[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert factors[54] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 45 / 90)))
     assert factors[-1] == pytest.approx(0.2)
-    assert all(a >= b for a, b in zip(factors[9:], factors[10:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(factors[9:]))
 
 
 def test_wsd_is_flat_until_the_decay():
