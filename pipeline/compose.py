@@ -12,7 +12,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -37,9 +37,14 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
         ConfigError: If Hydra cannot compose it.
     """
     statuses = [0]
+    unresolved: list[OmegaConfBaseException] = []
 
     def entry(config: DictConfig) -> None:
-        data = OmegaConf.to_container(config, resolve=True)
+        try:
+            data = OmegaConf.to_container(config, resolve=True)
+        except OmegaConfBaseException as error:  # kept for later: Hydra would print it in its own way
+            unresolved.append(error)
+            return
         assert isinstance(data, dict)
         job = HydraConfig.get().runtime.choices.get("job")
         statuses.append(act({str(key): value for key, value in data.items()}, job))
@@ -49,8 +54,12 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
     sys.argv = ["pipeline", *map(_translate, arguments)]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(entry)()
+    except MissingConfigException as error:
+        raise ConfigError(_explain_missing(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, arguments)) from None
+        raise ConfigError(f"command line: {_in_one_line(error)}") from None
+    if unresolved:
+        raise ConfigError(*(f"command line: {_in_one_line(error)}" for error in unresolved))
     return max(statuses)
 
 
@@ -68,14 +77,13 @@ def _is_group(key: str) -> bool:
     return "." not in key and (CONF / key).is_dir()
 
 
-def _explain(error: Exception, arguments: Sequence[str]) -> str:
-    """Say in one line what Hydra found wrong."""
-    for argument in arguments:
-        group, equals, name = argument.lstrip("+").partition("=")
-        group = group.partition("@")[0]
-        if equals and _is_group(group) and not any(mark in name for mark in ",${"):
-            known = [str(p.relative_to(CONF / group).with_suffix("")) for p in (CONF / group).rglob("*.yaml")]
-            if name not in known:
-                return f"{group}: no {group} is called '{name}'{nearest(name, known)}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "command line: " + " ".join(lines)
+def _explain_missing(error: MissingConfigException) -> str:
+    """Say which name of a group is not there, and which is nearest."""
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    if not group:
+        return _in_one_line(error)
+    return f"{group}: no {group} is called '{name}'{nearest(name, list(error.options or ()))}"
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

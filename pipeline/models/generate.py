@@ -53,16 +53,12 @@ def generate(
         while open_rows:
             logits_BV = model.logits(model.hidden(ids_BT, cache)[:, -1]).float()
             if temperature is None:
-                next_ids = logits_BV.argmax(-1).tolist()
+                ids_B = logits_BV.argmax(-1)
             else:
                 uniform_B = torch.tensor([r.random() for r in randoms], device=logits_BV.device)
-                next_ids = sample(logits_BV / temperature, uniform_B, top_k, top_p).tolist()
-            for row in tuple(open_rows):
-                if next_ids[row] != stop_id:
-                    new_ids[row].append(next_ids[row])
-                if next_ids[row] == stop_id or len(new_ids[row]) == room[row]:
-                    open_rows.remove(row)
-            ids_BT = torch.tensor(next_ids, device=logits_BV.device).unsqueeze(1)
+                ids_B = sample(logits_BV / temperature, uniform_B, top_k, top_p)
+            _append(ids_B.tolist(), new_ids, open_rows, room, stop_id)
+            ids_BT = ids_B.unsqueeze(1)
     return new_ids
 
 
@@ -84,6 +80,17 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, top_k: int | None = None, top_p
     point_B1 = uniform_B.unsqueeze(1) * ends_BV[:, -1:]
     choice_B1 = torch.searchsorted(ends_BV, point_B1, right=True).minimum(last_B1)
     return ids_BV.gather(1, choice_B1).squeeze(1)
+
+
+def _append(
+    next_ids: list[int], new_ids: list[list[int]], open_rows: set[int], room: list[int], stop_id: int | None
+) -> None:
+    """Give each open row its next id, and close the rows that it ends."""
+    for row in tuple(open_rows):
+        if next_ids[row] != stop_id:
+            new_ids[row].append(next_ids[row])
+        if next_ids[row] == stop_id or len(new_ids[row]) == room[row]:
+            open_rows.remove(row)
 
 
 @contextmanager

@@ -92,4 +92,5 @@ def _samples(artifact: Artifact) -> list[dict[str, Any]]:
 
     if SAMPLES not in artifact.manifest.files:
         return []
-    return [json.loads(line) for line in artifact.file(SAMPLES).read_text(encoding="utf-8").splitlines() if line]
+    text = artifact.file(SAMPLES).read_text(encoding="utf-8")
+    return [json.loads(row) for row in text.split("\n") if row]  # not splitlines, which also cuts at U+2028

@@ -50,7 +50,9 @@ def screenshot(directory, page, width, scheme):
         packed += data[place + 8 : place + 8 + length] if chunk == b"IDAT" else b""
         place += 12 + length
     raw = zlib.decompress(packed)
-    stride = 1 + pixel_bytes * image_width  # a row starts with its filter; the first pixel of all is never changed by it
+    stride = (
+        1 + pixel_bytes * image_width
+    )  # a row starts with its filter; the first pixel of all is never changed by it
     rows = {raw[row * stride : (row + 1) * stride] for row in range(image_height)}
     return tuple(raw[1:4]), len(rows)
 

@@ -1,0 +1,192 @@
+"""What bad input gets: one clear line, the right exit status, nothing half-written."""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import PROJECT, run_pipeline
+
+
+def refused(tmp_path, *arguments, status) -> str:
+    """Run a command line that must be refused; nothing may be published. Returns what it says."""
+    done = run_pipeline(*arguments, f"root={tmp_path / 'artifacts'}", status=status)
+    assert not list((tmp_path / "artifacts").rglob("manifest.json"))
+    assert all(line.startswith("error: ") for line in done.stderr.splitlines()), done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to do: say job=NAME or stage=KIND"),
+        (["job=tiny", "stage=dedup", "stage.corpus=x"], "say either job=NAME or stage=KIND"),
+        (["stage=tokenise"], "stage: no stage is called 'tokenise'; did you mean 'tokenize'?"),
+        (["job=quickstat"], "job: no job is called 'quickstat'; did you mean 'quickstart'?"),
+        (["tracker=wandbb", "job=tiny"], "tracker: no tracker is called 'wandbb'; did you mean 'wandb'?"),
+        (["job=tiny", "rnu.ranks=2"], "rnu: no such setting; did you mean 'run'?"),
+        (["job=tiny", "run.rank=2"], "run.rank: no such setting; did you mean 'ranks'?"),
+        (["job=tiny", "run.ranks=0"], "run.ranks: wanted greater than or equal to 1, found 0"),
+        (["job=tiny", "tasks.pretrain.steps=many"], "tasks.pretrain.steps: wanted an integer, found 'many'"),
+        (["job=tiny", "tasks.pretrain.stps=3"], "tasks.pretrain.stps: no such setting; did you mean 'steps'?"),
+        (["job=tiny", "tasks.tokenize.kind=tokenise"], "tasks.tokenize.kind: no stage is called 'tokenise'"),
+        (["job=tiny", "tasks.tokenize.corpus=@dedupe"], "corpus: no task is called 'dedupe'; did you mean 'dedup'?"),
+        (["job=tiny", "tasks.tokenize.corpus=@pretrain"], "wanted an artifact of kind corpus, but task 'pretrain'"),
+        (["job=tiny", "tasks.clean.corpus=@dedup"], "these need one another, so none can be first: "),
+        (["job=tiny", "tasks.pretrain.seq_len=128"], "seq_len: 128 is longer than the model's max_seq_len of 64"),
+        (["job=tiny", "tasks.finetune.seq_len=65"], "tasks.finetune.seq_len: 65 is longer than the model's"),
+        (["job=tiny", "tasks.pretrain.batch_tokens=500"], "500 does not divide into sequences of 32 tokens"),
+        (["job=tiny", "run.ranks=3"], "a batch of 16 rows does not divide among 3 ranks"),
+        (["job=tiny", "tasks.pretrain.model.num_heads=5"], "d_model (32) must be a multiple of num_heads (5)"),
+        (["job=tiny", "tasks.pretrain.model.norm=layernorm"], "no Hugging Face layout computes this model"),
+        (["job=tiny", "tasks.pretrain.steps=[1"], "command line: "),
+        (["job=tiny", "tasks.pretrain.steps=${nope}"], "command line: "),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_runs(tmp_path, arguments, message):
+    said = refused(tmp_path, *arguments, status=2)
+    assert message in said
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_all_mistakes_are_listed(tmp_path):
+    said = refused(
+        tmp_path, "job=tiny", "tasks.pretrain.stps=3", "tasks.clean.corpse=x", "run.ranks=two", "rot=x", status=2
+    )
+    assert len(said.splitlines()) == 4
+
+
+def test_references_of_several_tasks_are_listed_together(tmp_path):
+    said = refused(tmp_path, "job=tiny", "tasks.clean.corpus=@shrd", "tasks.export.model=@dedup", status=2)
+    assert len(said.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["stage=clean", "stage.corpus=nowhere"],
+            "stage.corpus: nowhere: no such directory; wanted an",
+        ),
+        (["stage=clean", "stage.corpus=tests"], "has no manifest.json, so it is unfinished"),
+        (["job=tiny", "tasks.shard.sources.0.path=nowhere.jsonl"], "nowhere.jsonl: no such file or directory"),
+        (["job=tiny", "tasks.finetune.data=nowhere.jsonl"], "nowhere.jsonl: no such file or directory"),
+    ],
+)
+def test_a_missing_input_is_named(tmp_path, arguments, message):
+    arguments = [a.replace("sources.0.path=", "sources=[{path: ") + "}]" if "sources.0" in a else a for a in arguments]
+    assert message in refused(tmp_path, *arguments, status=3)
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    said = refused(tmp_path, "stage=shard", f"stage.sources=[{{path: {tmp_path}/empty.jsonl}}]", status=3)
+    assert "empty.jsonl" in said
+
+
+def test_too_little_disk_is_said_before_the_work(tmp_path, monkeypatch, capsys):
+    import shutil as module
+
+    from pipeline.__main__ import act
+
+    source = tmp_path / "text.jsonl"
+    usage = module.disk_usage("/")
+    monkeypatch.setattr(module, "disk_usage", lambda path: usage._replace(free=1000))  # a small disk cannot be had
+    source.write_text('{"text": "' + "word " * 1000 + '"}\n')
+    data = {
+        "root": str(tmp_path / "artifacts"),
+        "stage": {"kind": "shard", "sources": [{"path": str(source)}]},
+    }
+    assert act(data, None) == 3
+    assert "GB free; make room or choose another root=DIR" in capsys.readouterr().err
+    assert not list((tmp_path / "artifacts").rglob("*.arrow"))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("tiny")
+class TestWithAJob:
+    """Inputs made by a real job, then spoiled."""
+
+    @pytest.fixture
+    def jobs(self, tiny_root, tmp_path):
+        shutil.copytree(tiny_root, tmp_path / "copy", symlinks=True)
+        return tmp_path / "copy/jobs/tiny"
+
+    def test_an_artifact_of_the_wrong_kind(self, jobs, tmp_path):
+        said = refused(tmp_path, "stage=clean", f"stage.corpus={jobs}/tokenize", status=3)
+        assert "wanted an artifact of kind corpus, found one of kind 'tokens'" in said
+
+    def test_a_damaged_part(self, jobs, tmp_path):
+        part = next((jobs / "dedup").resolve().glob("part-*.arrow"))
+        data = bytearray(part.read_bytes())
+        data[len(data) // 2] ^= 1
+        part.write_bytes(data)
+        said = refused(
+            tmp_path,
+            "stage=tokenize",
+            f"stage.corpus={jobs}/dedup",
+            f"stage.tokenizer={jobs}/train_tokenizer",
+            status=3,
+        )
+        assert f"{part.name}: damaged: wanted" in said
+        assert "run the task that made it again" in said
+
+    def test_a_cut_part_of_a_finished_job(self, jobs):
+        part = next((jobs / "tokenize").resolve().glob("part-*.arrow"))
+        os.truncate(part, 100)
+        done = run_pipeline("job=tiny", f"root={jobs.parent.parent}", status=3)
+        assert f"{part.name}: damaged: wanted" in done.stderr
+
+    def test_a_vocabulary_that_does_not_match_the_tokens(self, jobs, tmp_path):
+        root = jobs.parent.parent
+        run_pipeline(
+            "job=tiny",
+            f"root={root}",
+            "tasks.train_tokenizer.vocab_size=300",
+            *(f"~tasks.{task}" for task in ("pretrain", "finetune", "evaluate", "generate", "export", "report")),
+        )
+        said = refused(
+            tmp_path,
+            "stage=evaluate",
+            f"stage.model={root}/jobs/tiny/pretrain",
+            f"stage.tokens={root}/jobs/tiny/tokenize",
+            status=3,
+        )
+        assert "its tokenizer (vocabulary of 300) is not the one that" in said
+        said = refused(
+            tmp_path,
+            "stage=pretrain",
+            f"stage.tokens={root}/jobs/tiny/tokenize",
+            "stage.steps=1",
+            "stage.model.vocab_size=200",
+            status=2,
+        )
+        assert "model.vocab_size: wanted at least 300, the vocabulary of" in said
+
+    def test_an_export_that_would_differ_is_not_made(self, jobs, tmp_path):
+        said = refused(
+            tmp_path, "stage=export", f"stage.model={jobs}/pretrain", "stage.max_logit_difference=1e-30", status=3
+        )
+        assert "the exported model's logits differ from ours by" in said
+
+    def test_a_classifier_is_no_language_model(self, jobs, tmp_path):
+        said = refused(tmp_path, "stage=generate", f"stage.model={jobs}/finetune", "stage.prompt=x", status=3)
+        assert "wanted a language model, found a classifier" in said
+
+    def test_labels_that_training_has_not_seen(self, jobs, tmp_path):
+        rows = [{"text": "a b", "label": "x", "split": split} for split in ("train", "valid")]
+        rows.append({"text": "a b", "label": "y", "split": "test"})
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        said = refused(
+            tmp_path,
+            "stage=finetune",
+            f"stage.model={jobs}/pretrain",
+            f"stage.data={tmp_path}/rows.jsonl",
+            "stage.seq_len=32",
+            status=3,
+        )
+        assert "label 'y' of split 'test' is not in split 'train'" in said
+
+
+def test_the_project_has_its_data():
+    assert (PROJECT / "jobs/quickstart/NOTICE.md").is_file()
