@@ -115,8 +115,17 @@ def test_numbers_in_words():
         "> 99.9 %",
         "100 %",
     ]
-    times = (0.04, 9.99, 42, 59.7, 185, 7800)
-    assert [plain(duration(s)) for s in times] == ["0.0 s", "10 s", "42 s", "1 min 00 s", "3 min 05 s", "2 h 10 min"]
+    times = (0.04, 9.99, 42, 59.7, 185, 1354, 3599, 7800)
+    assert [plain(duration(s)) for s in times] == [
+        "0.0 s",
+        "10 s",
+        "42 s",
+        "1 min 00 s",
+        "3 min 05 s",
+        "23 min",
+        "1 h 00 min",
+        "2 h 10 min",
+    ]
     assert [plain(size(n)) for n in (831, 92_000, 1.3e9)] == ["831 B", "92 kB", "1.3 GB"]
     assert [number(n) for n in (3, 0.5, 4.5231, 22.2, 1e-5, 123456.7)] == [
         "3", "0.500", "4.523", "22.20", "1.000e-05", "123,457",

@@ -61,7 +61,7 @@ def test_page_shows_every_part_of_a_whole_job(whole_job):
         "host n0123",
         "2.93 M parameters learned 246 k tokens: 2.41 bits per byte on held-out text (byte unigram 4.52); "
         "fine-tuned accuracy 0.61 against 0.48 from random weights.",
-        "10 min 02 s 8 tasks",
+        "10 min 8 tasks",
         "1,000 documents in, 900 out",
         "bad_utf8 40 4.0 %",
         "skipped by where 60 6.0 %",
@@ -138,6 +138,12 @@ def test_sentence_says_what_there_is(whole_job, job):
     alone = job.add("alone", "model", {"kind": "finetune"}, stats={"test_accuracy": 0.7, "majority.test_accuracy": 0.2})
     assert sentence([alone]) == "Fine-tuned accuracy 0.70 against 0.20 for the majority class."
     assert sentence(pick("tokenizer")).startswith("1 task in 1")
+
+
+def test_parallel_corpora_are_added_up(whole_job):
+    counted = {"documents_in": 30, "documents": 20, "dropped.too_short": 10}
+    whole_job.add("books", "corpus", {"kind": "shard"}, (), counted)
+    assert sentence(whole_job.pick("shard", "clean", "books")) == "Of 1,030 documents, 870 were kept."
 
 
 def test_tiles_leave_out_what_there_is_not(whole_job):

@@ -1,0 +1,69 @@
+"""Every YAML file of conf/ and jobs/ composes and decodes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import PROJECT, run_pipeline
+
+from pipeline.plan import Command
+from pipeline.settings import decode
+from pipeline.stages import AnyStage
+
+JOBS = sorted(path.stem for path in (PROJECT / "jobs").glob("*.yaml"))
+KINDS = {"stage", "run", "tracker", "model"}
+
+
+def test_the_groups_are_those_that_this_test_knows():
+    assert {path.name for path in (PROJECT / "conf").iterdir() if path.is_dir()} == KINDS | {"job"}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_composes_decodes_and_plans(job, tmp_path):
+    done = run_pipeline(f"job={job}", f"root={tmp_path}", "--plan")
+    assert "nothing was started" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("group", ["run", "tracker"])
+def test_every_preset_decodes(group):
+    for path in (PROJECT / "conf" / group).glob("*.yaml"):
+        settings = yaml.safe_load(path.read_text())
+        assert settings["kind"] == path.stem
+        command = decode(Command, {group: settings})
+        written = getattr(command, group).model_dump(mode="json")
+        assert {key: written[key] for key in settings} == settings
+
+
+def test_every_model_decodes_and_says_its_size():
+    for path in (PROJECT / "conf/model").glob("*.yaml"):
+        settings = yaml.safe_load(path.read_text())
+        stage = {"kind": "pretrain", "tokens": "@t", "steps": 1, "model": settings}
+        model = decode(Command, {"stage": stage}).stage.model
+        sized = model.model_copy(update={"vocab_size": model.vocab_size or 4096})
+        first = path.read_text().splitlines()[0]
+        assert f"{sized.num_params():,} parameters" in first, f"{path.name}: it has {sized.num_params():,} parameters"
+        flops = f"{sized.flops_per_token(256) / 1e6:.1f} MFLOP a token"
+        assert flops in first, f"{path.name}: {flops}"
+
+
+def test_there_is_a_preset_of_every_stage():
+    stages = {path.stem for path in (PROJECT / "conf/stage").glob("*.yaml")}
+    known = {stage.model_fields["kind"].default for stage in AnyStage.__origin__.__args__}
+    assert stages == known
+    for path in (PROJECT / "conf/stage").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text())["kind"] == path.stem
+
+
+def test_every_job_opens_with_cost_data_and_result():
+    for path in (PROJECT / "jobs").glob("*.yaml"):
+        opening = path.read_text().split("defaults:")[0]
+        for word in ("cost", "data", "result"):
+            assert f"#   {word} " in opening, f"{path.name} does not say its {word}"
+
+
+def test_the_quickstart_never_pretrains_on_held_out_labels():
+    settings = yaml.safe_load(Path(PROJECT / "jobs/quickstart.yaml").read_text())
+    sources = settings["tasks"]["shard"]["sources"]
+    topics = next(source for source in sources if "topics" in source["path"])
+    assert topics["reader"]["where"] == {"split": "train"}

@@ -1,0 +1,50 @@
+"""What the documents say is true: their commands parse, their paths exist."""
+
+import re
+import shlex
+
+import pytest
+from conftest import PROJECT, run_pipeline
+
+from pipeline.compose import compose
+from pipeline.plan import Command
+from pipeline.settings import decode
+
+README = (PROJECT / "README.md").read_text()
+LINES = re.findall(r"^\$ (.+?)(?:\s+#.*)?$", README, re.MULTILINE)
+PIPELINE = [line for line in LINES if line.startswith("python -m pipeline")]
+
+
+def test_the_first_screen_shows_the_two_commands():
+    first_screen = README.splitlines()[:35]
+    assert any(line.startswith("$ make quickstart") for line in first_screen)
+    assert any(line.startswith("$ make test") for line in first_screen)
+
+
+@pytest.mark.parametrize("line", PIPELINE)
+def test_every_command_composes_and_decodes(line):
+    arguments = shlex.split(line)[3:]
+    if arguments[0].startswith("--"):
+        assert run_pipeline(*arguments).stdout
+        return
+    commands = []
+    assert compose(arguments, lambda data, job: commands.append(decode(Command, data)) or 0) == 0
+    assert len(commands) == (2 if "-m" in arguments else 1)
+
+
+@pytest.mark.parametrize("line", sorted(set(LINES) - set(PIPELINE)))
+def test_every_make_target_exists(line):
+    command, target = line.split()
+    assert command == "make"
+    assert re.search(rf"^{target}:", (PROJECT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_every_path_exists(name):
+    text = (PROJECT / name).read_text()
+    for path in re.findall(r"`((?:pipeline|conf|jobs|tests)/[\w./]+)`", text):
+        assert "NAME" in path or (PROJECT / path).exists(), f"{name} names {path}"
+
+
+def test_the_changelog_has_an_unreleased_section():
+    assert "## [Unreleased]" in (PROJECT / "CHANGELOG.md").read_text()
