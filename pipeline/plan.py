@@ -16,7 +16,6 @@ from pipeline.errors import ArtifactError, ConfigError
 from pipeline.launch import AnyRun
 from pipeline.launch.local import Local, launch, locked
 from pipeline.settings import Input, Settings, Source, decode, encode, fingerprint, marked, nearest
-from pipeline.stage import Stage
 from pipeline.stages import AnyStage
 from pipeline.text.sources import identify
 from pipeline.track import AnyTracker, Jsonl

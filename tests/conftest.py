@@ -25,6 +25,17 @@ def run_pipeline(*arguments: object, status: int = 0) -> subprocess.CompletedPro
     return done
 
 
+MODEL_TASKS = ("pretrain", "finetune", "evaluate", "generate", "export")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens(tmp_path_factory) -> Path:
+    """The tokens of the tiny job."""
+    root = tmp_path_factory.mktemp("tokens") / "artifacts"
+    run_pipeline("job=tiny", f"root={root}", *(f"~tasks.{task}" for task in (*MODEL_TASKS, "report")))
+    return (root / "jobs/tiny/tokenize").resolve()
+
+
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory) -> Path:
     """The root of a finished tiny job. Tests that change it copy it first."""

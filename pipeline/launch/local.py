@@ -12,14 +12,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from pipeline import errors
 from pipeline.artifact import WORK
 from pipeline.env import STOP_SIGNALS, cpus
-from pipeline.errors import LaunchError, PipelineError, Preempted
+from pipeline.errors import ConfigError, LaunchError, PipelineError, Preempted
 from pipeline.stage import Run
 
+REDRAW = b"\r\x1b[2K"  # how a progress line begins
 GRACE_S = 10.0  # what the ranks that are left get to end after one has failed
 
 
@@ -122,8 +123,9 @@ def _pump(stream: IO[bytes], log: IO[bytes], show: bool) -> None:
                 sys.stdout.buffer.write(block)
                 sys.stdout.buffer.flush()
             *whole, line = (line + block).split(b"\n")
-            log.writelines(text.rsplit(b"\r\x1b[2K", 1)[-1] + b"\n" for text in whole)
+            log.writelines(text.rsplit(REDRAW, 1)[-1] + b"\n" for text in whole)
             log.flush()
+        log.write(line.rsplit(REDRAW, 1)[-1] + b"\n" if line else b"")
 
 
 @contextmanager
@@ -176,16 +178,17 @@ def _signal_all(ranks: "list[subprocess.Popen[bytes]]", number: int) -> None:
 
 def leave_reason(directory: Path, rank: int, error: PipelineError) -> None:
     """Leave the reason why this rank fails where `launch` finds it."""
-    data = {"class": type(error).__name__, "message": str(error)}
+    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    data = {"class": type(error).__name__, "problems": list(problems)}
     (directory / WORK / f"failure-{rank:05d}.json").write_text(json.dumps(data))
 
 
 def _reason(directory: Path, rank: int, status: int) -> PipelineError:
     note = directory / WORK / f"failure-{rank:05d}.json"
     if note.exists():
-        data: Mapping[str, str] = json.loads(note.read_text())
+        data: Mapping[str, Any] = json.loads(note.read_text())
         kind: type[PipelineError] = getattr(errors, data["class"], PipelineError)
-        return kind(data["message"])
+        return kind(*data["problems"])
     log = directory / "logs" / f"rank-{rank:05d}.log"
     last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"

@@ -22,7 +22,7 @@ MARGIN = 11  # of a task, around its text
 LINE = 16  # height of a line of text
 LANE = 12  # room of an arrow that passes a layer
 EDGE = 4  # around the whole drawing
-LETTERS = 22  # that have room in a line
+LETTERS, NAME_LETTERS = 22, 17  # that have room in a line, and in the name at its top
 SWEEPS = 8
 
 
@@ -102,14 +102,14 @@ def _lines(entry: Entry) -> list[tuple[str, str]]:
     taken = duration(entry.seconds)
     if entry.kind != entry.name:
         taken = f"{_cut(entry.kind, LETTERS - len(taken) - 3)} · {taken}"
-    lines = [("name", _cut(entry.name)), ("kind", taken)]
+    lines = [("name", _cut(entry.name, NAME_LETTERS)), ("kind", taken)]
     lines += [("amount", line) for line in _wrap(entry.amount)]
     return lines + [("result", line) for line in _wrap(entry.result)]
 
 
 def _name(record: InputRecord) -> str:
     """Return the name that an artifact from outside has in its path."""
-    return _cut(PurePosixPath(record.path).name.removesuffix(f"-{record.fingerprint}"))
+    return _cut(PurePosixPath(record.path).name.removesuffix(f"-{record.fingerprint}"), NAME_LETTERS)
 
 
 def _connect(nodes: Mapping[str, Node], entries: Sequence[Entry]) -> list[list[Node]]:

@@ -41,14 +41,14 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time: 0.4 s, 42 s, 3 min 05 s, 2 h 10 min."""
+    """Return a time: 0.4 s, 42 s, 3 min 05 s, 42 min, 2 h 10 min."""
     if seconds < 9.95:
         return f"{seconds:.1f}{THIN}s"
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}{THIN}h {minutes:02}{THIN}min"
-    return f"{minutes}{THIN}min {rest:02}{THIN}s" if minutes else f"{rest}{THIN}s"
+    if minutes < 10:
+        return f"{minutes}{THIN}min {rest:02}{THIN}s" if minutes else f"{rest}{THIN}s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours}{THIN}h {minutes:02}{THIN}min" if hours else f"{minutes}{THIN}min"
 
 
 def size(num_bytes: float) -> str:

@@ -21,8 +21,8 @@ def sentence(entries: Sequence[Entry]) -> str:
         return f"{text[0].upper()}{text[1:]}."
     if documents:
         given, kept = documents
-        tokens = _first(entries, "tokens", kind="tokens")
-        became = f" and became {amount(tokens.numbers['tokens'])} tokens" if tokens else ""
+        tokens = _tokens(entries)
+        became = f" and became {amount(tokens)} tokens" if tokens else ""
         return f"Of {plural(given, 'document')}, {kept:,} were kept{became}."
     return f"{plural(len(entries), 'task')} in {duration(sum(entry.seconds for entry in entries))}."
 
@@ -32,11 +32,10 @@ def tiles(entries: Sequence[Entry]) -> list[Tile]:
     found: list[Tile] = []
     if documents := _documents(entries):
         found.append(("documents", amount(documents[1]), f"of {amount(documents[0])} read"))
-    if tokens := _first(entries, "tokens", kind="tokens"):
-        vocabulary = tokens.numbers.get("vocab_size")
-        found.append(
-            ("tokens", amount(tokens.numbers["tokens"]), f"vocabulary {vocabulary:,.0f}" if vocabulary else "")
-        )
+    if tokens := _tokens(entries):
+        vocabulary = _first(entries, "vocab_size")
+        note = f"vocabulary {vocabulary.numbers['vocab_size']:,.0f}" if vocabulary else ""
+        found.append(("tokens", amount(tokens), note))
     if trained := _trained(entries):
         steps = trained.numbers.get("steps")
         found.append(("parameters", amount(trained.numbers["parameters"]), f"{steps:,.0f} steps" if steps else ""))
@@ -56,6 +55,10 @@ def _first(entries: Sequence[Entry], *numbers: str, kind: str | None = None) -> 
     return next((entry for entry in fitting if entry.numbers.keys() >= set(numbers)), None)
 
 
+def _tokens(entries: Sequence[Entry]) -> float:
+    return sum(e.numbers.get("tokens", 0) for e in entries if e.artifact.manifest.kind == "tokens")
+
+
 def _trained(entries: Sequence[Entry]) -> Entry | None:
     return _first(entries, "parameters", "tokens", kind="model")
 
@@ -70,11 +73,14 @@ def _bits_per_byte(entry: Entry) -> float:
 
 
 def _documents(entries: Sequence[Entry]) -> tuple[int, int] | None:
-    """Return how many documents the first corpus stage was given, and the last one kept."""
-    corpora = [entry for entry in entries if is_corpus(entry)]
+    """Return how many documents the first corpus stages were given, and the last ones kept."""
+    corpora = {entry.fingerprint: entry for entry in entries if is_corpus(entry)}
     if not corpora:
         return None
-    return int(corpora[0].numbers["documents_in"]), int(corpora[-1].numbers["documents"])
+    read_by_another = {need for entry in corpora.values() for need in entry.needs.values()}
+    first = [entry for entry in corpora.values() if not corpora.keys() & set(entry.needs.values())]
+    last = [entry for entry in corpora.values() if entry.fingerprint not in read_by_another]
+    return int(sum(e.numbers["documents_in"] for e in first)), int(sum(e.numbers["documents"] for e in last))
 
 
 def _bits(entries: Sequence[Entry]) -> str | None:

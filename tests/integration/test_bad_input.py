@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from conftest import PROJECT, run_pipeline
+from conftest import MODEL_TASKS, PROJECT, run_pipeline
 
 
 def refused(tmp_path, *arguments, status) -> str:
@@ -143,7 +143,7 @@ class TestWithAJob:
             "job=tiny",
             f"root={root}",
             "tasks.train_tokenizer.vocab_size=300",
-            *(f"~tasks.{task}" for task in ("pretrain", "finetune", "evaluate", "generate", "export", "report")),
+            *(f"~tasks.{task}" for task in (*MODEL_TASKS, "report")),
         )
         said = refused(
             tmp_path,

@@ -6,14 +6,13 @@ import re
 import shutil
 
 import pytest
-from conftest import PROJECT, run_pipeline
+from conftest import MODEL_TASKS, PROJECT, run_pipeline
 
 from pipeline.artifact import open_artifact
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tiny")]
 
 DATA_TASKS = ("shard", "clean", "dedup", "train_tokenizer", "tokenize")
-MODEL_TASKS = ("pretrain", "finetune", "evaluate", "generate", "export")
 TASKS = (*DATA_TASKS, *MODEL_TASKS, "report")
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -12,21 +11,19 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, command, run_pipeline
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tiny")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
 
 # fp32 sums of some thousand terms in another order: 1e-6 relative in one step, grown by 20 steps of training
 LOSS_TOLERANCE = 1e-4
 
 
 @pytest.fixture
-def pretrain(tiny_root, tmp_path):
-    """Arguments of a run of pretraining alone, from a copy of the tokens of the tiny job."""
-    shutil.copytree(tiny_root / "tokens", tmp_path / "tokens", symlinks=True)
-    tokens = next((tmp_path / "tokens").iterdir())
+def pretrain(tiny_tokens, tmp_path):
+    """Arguments of a run of pretraining alone, on the tokens of the tiny job."""
     model = "{kind: decoder, d_model: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, max_seq_len: 64, dropout: 0.1}"
 
     def arguments(root: str, *more: object) -> list[object]:
-        settings = {"tokens": tokens, "seq_len": 32, "batch_tokens": 512, "steps": 20, "validation_sequences": 8}
+        settings = {"tokens": tiny_tokens, "seq_len": 32, "batch_tokens": 512, "steps": 20, "validation_sequences": 8}
         settings |= {"validation_fraction": 0.05}
         return [
             "stage=pretrain",
@@ -173,5 +170,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(pretrain, tmp_path):
 
 
 def test_bf16_learns(pretrain, tmp_path):
-    run_pipeline(*pretrain("x", "stage.precision=bf16", "stage.steps=12", "stage.optimizer.lr=1e-2", "run.parallel.zero=2"))
+    run_pipeline(
+        *pretrain("x", "stage.precision=bf16", "stage.steps=12", "stage.optimizer.lr=1e-2", "run.parallel.zero=2")
+    )
     assert losses(tmp_path, "x")[-1] < losses(tmp_path, "x")[0]

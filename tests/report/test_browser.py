@@ -7,6 +7,7 @@ import subprocess
 import zlib
 
 import pytest
+from made_up import make_whole_job
 
 from pipeline.report.page import render
 
@@ -58,9 +59,10 @@ def screenshot(directory, page, width, scheme):
 
 
 @pytest.fixture
-def page(tmp_path, whole_job):
+def page(tmp_path):
     """Give the file of a page that says how it was laid out."""
-    text = render("A job with a long title that has to break on a narrow screen", whole_job.all)
+    job = make_whole_job(tmp_path / "artifacts")
+    text = render("A job with a long title that has to break on a narrow screen", job.all)
     path = tmp_path / "index.html"
     path.write_text(text.replace("</body>", PROBE), encoding="utf-8")
     return path

@@ -2,12 +2,23 @@ import re
 from itertools import pairwise
 
 import pytest
+from made_up import Job, make_whole_job
 
 from pipeline.report.charts import Bar, Curve, Level, bars, histogram, line_chart
 from pipeline.report.curves import curves, read_runs
 from pipeline.report.graph import graph
 from pipeline.report.numerals import amount, duration, number, percent, short, size
 from pipeline.report.scales import log_bins, log_ticks, smooth, thin, tick_labels, ticks, value_ticks
+
+
+@pytest.fixture
+def job(tmp_path):
+    return Job(tmp_path / "artifacts")
+
+
+@pytest.fixture
+def whole_job(tmp_path):
+    return make_whole_job(tmp_path / "artifacts")
 
 
 def plain(text):

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from importlib.resources import files
 
 import pytest
+from made_up import Job, make_whole_job
 
 from pipeline.errors import ArtifactError
 from pipeline.report.entries import in_order
@@ -47,6 +48,16 @@ class Page(HTMLParser):
 
     def values(self, name):
         return [value for key, value in self.attributes if key == name]
+
+
+@pytest.fixture
+def job(tmp_path):
+    return Job(tmp_path / "artifacts")
+
+
+@pytest.fixture
+def whole_job(tmp_path):
+    return make_whole_job(tmp_path / "artifacts")
 
 
 def test_page_shows_every_part_of_a_whole_job(whole_job):

@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from pipeline.artifact import InputRecord, Made, Manifest, open_artifact, record_file, write_manifest
 from pipeline.report.entries import Entry
 from pipeline.settings import fingerprint
@@ -82,15 +80,9 @@ SAMPLES = [
 ]
 
 
-@pytest.fixture
-def job(tmp_path):
-    """Give an empty job."""
-    return Job(tmp_path / "artifacts")
-
-
-@pytest.fixture
-def whole_job(job):
-    """Give a job with every kind of task, in an order that is not that of its graph."""
+def make_whole_job(root):
+    """Return a job with every kind of task, in an order that is not that of its graph."""
+    job = Job(root)
     add = job.add
     raw = {"documents_in": 1000, "documents": 900, "dropped.bad_utf8": 40, "skipped.where": 60}
     add("shard", "corpus", {"kind": "shard", "path": 'a "quoted" <path>'}, (), raw, amount="900 documents")

@@ -1,0 +1,67 @@
+import io
+import os
+import threading
+
+import pytest
+
+from pipeline.errors import ConfigError, LaunchError
+from pipeline.launch.local import _first, _pump, _reason, leave_reason, locked
+
+
+def test_a_directory_is_locked_against_a_second_run(tmp_path):
+    owner = rf"process {os.getpid()} on .* is working in it"
+    with locked(tmp_path), pytest.raises(LaunchError, match=owner), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_the_lock_lives_as_long_as_a_rank_that_inherited_it(tmp_path):
+    with locked(tmp_path) as descriptor:
+        inherited = os.dup(descriptor)  # what a rank holds after its launcher was killed
+    with pytest.raises(LaunchError, match="is working in it"), locked(tmp_path):
+        pass
+    os.close(inherited)
+    with locked(tmp_path):
+        pass
+
+
+def test_of_a_redrawn_line_only_the_end_is_logged(tmp_path):
+    reader, writer = os.pipe()
+    log = (tmp_path / "log").open("ab")
+    stream = io.FileIO(reader)
+    pump = threading.Thread(target=_pump, args=(stream, log, False))
+    pump.start()
+    os.write(writer, b"first\n\r\x1b[2K1/3\r\x1b[2K2/3")
+    os.write(writer, b"\r\x1b[2Klast\nno end of line")
+    os.close(writer)
+    pump.join()
+    stream.close()
+    assert (tmp_path / "log").read_bytes() == b"first\nlast\nno end of line\n"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "rank"),
+    [([0, 1], 1), ([1, -9], 1), ([1, 1], 0), ([None, 5], 1), ([75, None], 0)],
+)
+def test_a_rank_that_a_signal_ended_is_to_blame_before_those_that_lost_it(statuses, rank):
+    assert _first(statuses) == rank
+
+
+def test_the_reason_of_a_rank_keeps_its_class_and_its_lines(tmp_path):
+    (tmp_path / "work").mkdir()
+    leave_reason(tmp_path, 1, ConfigError("a: b", "c: d"))
+    error = _reason(tmp_path, 1, 2)
+    assert isinstance(error, ConfigError)
+    assert error.problems == ("a: b", "c: d")
+
+
+def test_a_rank_without_a_reason_shows_the_end_of_its_log(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank-00002.log").write_text("".join(f"line {i}\n" for i in range(100)))
+    error = _reason(tmp_path, 2, -11)
+    assert isinstance(error, LaunchError)
+    assert "rank 2 was ended by SIGSEGV" in str(error)
+    assert "line 99" in str(error)
+    assert "line 50" not in str(error)
+    assert "rank 2 exited with status 7" in str(_reason(tmp_path, 2, 7))
