@@ -16,6 +16,7 @@ from pipeline.errors import ArtifactError, ConfigError
 from pipeline.launch import AnyRun
 from pipeline.launch.local import Local, launch, locked
 from pipeline.settings import Input, Settings, Source, decode, encode, fingerprint, marked, nearest
+from pipeline.stage import SCRATCH
 from pipeline.stages import AnyStage
 from pipeline.text.sources import identify
 from pipeline.track import AnyTracker, Jsonl
@@ -240,6 +241,7 @@ def _freeze(task: Task, command: Command, job: str | None) -> FrozenTask:
     )
     for directory in ("units", "ranks"):
         (task.directory / WORK / directory).mkdir(exist_ok=True)
+    shutil.rmtree(task.directory / WORK / SCRATCH, ignore_errors=True)
     for path in task.directory.glob("*.tmp"):
         path.unlink()
     write_json(task.directory / WORK / "task.json", encode(frozen))

@@ -6,6 +6,7 @@ ranks, and may check and complete the numbers before the artifact is published.
 
 import json
 import os
+import tempfile
 import time
 from abc import abstractmethod
 from collections import defaultdict
@@ -24,6 +25,7 @@ from pipeline.settings import Choice, Settings, decode, encode
 from pipeline.track import Tracker
 
 Stats = dict[str, Any]
+SCRATCH = "scratch"  # in work/
 
 
 class Parallel(Settings):
@@ -176,6 +178,14 @@ class Context:
     def rank(self) -> int:
         """Number of this process, from 0."""
         return self.ranks.rank
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Give an empty directory on the output's disk, gone after the block, and after a kill at the next start."""
+        parent = self.directory / WORK / SCRATCH
+        parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as directory:
+            yield Path(directory)
 
     def units(self, names: Sequence[str], noun: str) -> Iterator[Unit]:
         """Yield this rank's unfinished units; each is recorded as finished when the loop comes back for the next.

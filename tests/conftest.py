@@ -14,9 +14,9 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "pipeline", "--config-dir", str(PROJECT / "tests/conf"), *map(str, arguments)]
 
 
-def run_pipeline(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+def run_pipeline(*arguments: object, status: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command line to its end; it must exit with `status`, and never with a traceback."""
-    environment = {**os.environ, "PYTHONWARNINGS": "", "WANDB_MODE": "offline"}
+    environment = {**os.environ, "PYTHONWARNINGS": "", "WANDB_MODE": "offline", **variables}
     done = subprocess.run(
         command(*arguments), cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=600
     )

@@ -126,6 +126,9 @@ def _pump(stream: IO[bytes], log: IO[bytes], show: bool) -> None:
             log.writelines(text.rsplit(REDRAW, 1)[-1] + b"\n" for text in whole)
             log.flush()
         log.write(line.rsplit(REDRAW, 1)[-1] + b"\n" if line else b"")
+    if show and REDRAW in line:  # ended in the middle of its progress
+        sys.stdout.buffer.write(REDRAW)
+        sys.stdout.buffer.flush()
 
 
 @contextmanager

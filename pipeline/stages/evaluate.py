@@ -4,12 +4,11 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
-
 from pipeline.artifact import write_json
 from pipeline.errors import ArtifactError
 from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats
+from pipeline.stages.pretrain import VALIDATION_ROWS
 from pipeline.text.tokenizers import TOKENIZER, load
 
 if TYPE_CHECKING:
@@ -21,9 +20,6 @@ class Evaluate(Stage):
     """Held-out loss, perplexity and bits per byte, beside a model that knows only how often each byte occurs.
 
     The held-out documents are those of the model's own pretraining, chosen by the same rule.
-
-    Attributes:
-        batch_sequences: Sequences fed at once.
     """
 
     version: ClassVar[int] = 1
@@ -32,7 +28,6 @@ class Evaluate(Stage):
     kind: Literal["evaluate"] = "evaluate"
     model: Annotated[str, Input("model")]
     tokens: Annotated[str, Input("tokens")]
-    batch_sequences: int = Field(default=16, ge=1)
 
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
         """A small file."""
@@ -63,7 +58,7 @@ class Evaluate(Stage):
         held = TokenStream(paths, settings["validation_fraction"], held=True)
         if not held.num_documents:
             raise ArtifactError(f"{tokens.path}: holds no document that the model's pretraining held out")
-        result = score(model, held, settings["seq_len"], self.batch_sequences, tokens.stats["end_of_text_id"])
+        result = score(model, held, settings["seq_len"], VALIDATION_ROWS, tokens.stats["end_of_text_id"])
         metrics = {
             "loss": result.loss,
             "perplexity": result.perplexity,

@@ -45,9 +45,6 @@ class Export(Stage):
 
     def run(self, ctx: Context) -> None:
         """Write the files, load them with transformers, and compare."""
-        import tempfile
-        from pathlib import Path
-
         import torch
 
         from pipeline.models.hf import export_hf
@@ -59,16 +56,16 @@ class Export(Stage):
         model = load_model(source.path)
         if not isinstance(model, Transformer):
             raise ArtifactError(f"{source.path}: wanted a language model, found a classifier")
-        with tempfile.TemporaryDirectory(dir=ctx.directory) as scratch:
+        with ctx.scratch() as scratch:
             end_of_text = source.stats["end_of_text_id"]
             ids_BT = torch.randint(model.config.real_vocab_size, (4, min(64, model.config.max_seq_len)))
-            difference = export_hf(model, source.file(TOKENIZER), Path(scratch), ids_BT, eos_id=end_of_text)
+            difference = export_hf(model, source.file(TOKENIZER), scratch, ids_BT, eos_id=end_of_text)
             if not difference <= self.max_logit_difference:
                 raise ArtifactError(
                     f"{ctx.task}: the exported model's logits differ from ours by {difference:.2e}, more than "
                     f"{self.max_logit_difference:.0e}; nothing was exported"
                 )
-            for path in sorted(Path(scratch).iterdir()):
+            for path in sorted(scratch.iterdir()):
                 with ctx.output.write(path.name) as final:
                     path.rename(final)
         ctx.output.stats |= {"max_logit_difference": difference, "parameters": model.config.num_params()}

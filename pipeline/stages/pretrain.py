@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pipeline.text.loader import SequenceLoader, TokenStream
     from pipeline.training.loop import Batch
 
+VALIDATION_ROWS = 16  # sequences that a validation feeds at once
+
 
 class Pretrain(Stage):
     """Trains a language model on packed sequences of the documents that are not held out.
@@ -143,20 +145,22 @@ class Pretrain(Stage):
     def _validate(
         self, module: "torch.nn.Module", held: "TokenStream", mpu: "DataParallelUnit", end_of_text: int
     ) -> dict[str, float]:
-        """Score the first held-out sequences, shared among the ranks in equal groups."""
+        """Score held-out sequences spread evenly over the stream, shared among the ranks."""
         import torch
         import torch.distributed as dist
 
-        from pipeline.training.metrics import Score, score
+        from pipeline.training.metrics import Score, num_windows, score
 
-        rows = -(-self.validation_sequences // mpu.world)
-        sums = torch.zeros(2, dtype=torch.float64)
-        groups = slice(mpu.rank, mpu.world, mpu.world)
-        mine = score(module, held, self.seq_len, rows, end_of_text, groups)
-        sums += torch.tensor([mine.nats, mine.tokens], dtype=torch.float64)
+        total = num_windows(held, self.seq_len)
+        count = min(self.validation_sequences, total)
+        windows: list[int | None] = [i * total // count for i in range(count)]
+        windows += [None] * (-count % mpu.world)
+        mine = score(module, held, self.seq_len, VALIDATION_ROWS, end_of_text, windows[mpu.rank :: mpu.world])
+        device = next(module.parameters()).device
+        sums = torch.tensor([mine.nats, mine.tokens], dtype=torch.float64, device=device)
         dist.all_reduce(sums, group=mpu.data_group)
-        total = Score(sums[0].item(), int(sums[1].item()))
-        return {"validation_loss": total.loss, "validation_bits_per_byte": total.bits_per_byte(held)}
+        whole = Score(sums[0].item(), int(sums[1].item()))
+        return {"validation_loss": whole.loss, "validation_bits_per_byte": whole.bits_per_byte(held)}
 
     def _write(self, ctx: Context, config: Decoder, weights: "Mapping[str, torch.Tensor]") -> None:
         from pipeline.models.transformer import Transformer, save_model

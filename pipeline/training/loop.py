@@ -5,7 +5,6 @@ is killed anywhere and started again ends, on the same layout, in the same bits.
 """
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -123,10 +122,10 @@ def train(ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee)
 
 def write_model(ctx: Context, save: Callable[[Path], list[str]]) -> None:
     """Put the files that `save` writes into a directory into the output, each in one durable step."""
-    with tempfile.TemporaryDirectory(dir=ctx.directory) as scratch:
-        for name in save(Path(scratch)):
+    with ctx.scratch() as scratch:
+        for name in save(scratch):
             with ctx.output.write(name) as path:
-                Path(scratch, name).rename(path)
+                (scratch / name).rename(path)
 
 
 def _do_step(
@@ -155,31 +154,33 @@ def _do_step(
     }, stop
 
 
-def _optimize(engine: Any, batch: Batch) -> float:
-    """Do one optimizer step; return this rank's share of the batch's mean loss.
+def _optimize(engine: Any, batch: Batch) -> "torch.Tensor":
+    """Do one optimizer step; return this rank's share of the batch's mean loss, a scalar.
 
     DeepSpeed averages over microbatches and ranks; each loss is scaled so that the average is the sum of all losses
     over the number of labels in the whole batch, however these are spread.
     """
+    import torch
+
     engine.train()
     scale = len(batch.microbatches) * engine.dp_world_size / batch.weight
-    total = 0.0
+    losses = []
     for microbatch in batch.microbatches:
-        loss = engine(*microbatch)
+        loss = engine(*(tensor.to(engine.device, non_blocking=True) for tensor in microbatch))
         engine.backward(loss * scale)
         engine.step()
-        total += loss.item()
-    return total / batch.weight
+        losses.append(loss.detach())
+    return torch.stack(losses).sum() / batch.weight
 
 
-def _reduce(loss: float, stop: bool, mpu: DataParallelUnit) -> tuple[float, bool]:
+def _reduce(loss: "torch.Tensor", stop: bool, mpu: DataParallelUnit) -> tuple[float, bool]:
     """Sum the loss over ranks, and agree to stop if any rank was asked to."""
     if mpu.world == 1:
-        return loss, stop
+        return loss.item(), stop
     import torch
     import torch.distributed as dist
 
-    both = torch.tensor([loss, float(stop)], dtype=torch.float64)
+    both = torch.stack([loss.float(), torch.tensor(float(stop), device=loss.device)])
     dist.all_reduce(both, group=mpu.data_group)
     return both[0].item(), both[1].item() > 0
 

@@ -1,7 +1,7 @@
 """Numbers that say how good a model is: loss over held-out text, accuracy and F1 of a classifier."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,41 +43,53 @@ class Score:
 
 
 def score(
-    model: "torch.nn.Module", stream: TokenStream, seq_len: int, rows: int, first_id: int, shard: slice = slice(None)
+    model: "torch.nn.Module",
+    stream: TokenStream,
+    seq_len: int,
+    rows: int,
+    first_id: int,
+    windows: Sequence[int | None] | None = None,
 ) -> Score:
-    """Return the loss of `model` on a stream of documents, every token predicted once.
+    """Return the loss of `model` on a stream of documents, cut into windows of `seq_len` tokens to predict.
 
-    The stream is cut into windows of `seq_len`; the first token of all is predicted after `first_id`.
+    Each window is preceded by the last token before it; the first of all by `first_id`.
 
     Args:
         rows: Windows that the model is fed at once.
-        shard: Which of the groups of `rows` windows to score, for ranks that share the work.
+        windows: Which windows to score, by number; all if null. A None feeds a window without labels, so that ranks
+            that share the work can call the model equally often.
     """
     import torch
 
+    chosen = range(num_windows(stream, seq_len)) if windows is None else windows
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     nats, tokens = 0.0, 0
     with torch.inference_mode():
-        for inputs, labels in list(_windows(stream, seq_len, rows, first_id))[shard]:
-            inputs_BT, labels_BT = torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device)
-            nats += model(inputs_BT, labels_BT).item()
+        for first in range(0, len(chosen), rows):
+            pairs = [_window(stream, seq_len, first_id, number) for number in chosen[first : first + rows]]
+            inputs, labels = (np.stack(side) for side in zip(*pairs, strict=True))
+            nats += model(torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device)).item()
             tokens += int((labels != IGNORED).sum())
     model.train(was_training)
     return Score(nats, tokens)
 
 
-def _windows(stream: TokenStream, seq_len: int, rows: int, first_id: int) -> Iterator[tuple[Tokens, Tokens]]:
-    """Yield (inputs, labels), each [rows, seq_len]; labels past the end of the stream are ignored."""
-    for first in range(0, stream.num_tokens, rows * seq_len):
-        labels = np.full(rows * seq_len, IGNORED, dtype=np.int64)
-        count = min(len(labels), stream.num_tokens - first)
-        labels[:count] = stream.read(first, count)
-        inputs = np.full(rows * seq_len, first_id, dtype=np.int64)
+def num_windows(stream: TokenStream, seq_len: int) -> int:
+    """Return how many windows a stream is cut into; the last one may be short."""
+    return -(-stream.num_tokens // seq_len)
+
+
+def _window(stream: TokenStream, seq_len: int, first_id: int, number: int | None) -> tuple[Tokens, Tokens]:
+    """Return (inputs, labels), each [seq_len]; labels past the end of the stream are ignored."""
+    inputs, labels = np.full(seq_len, first_id), np.full(seq_len, IGNORED)
+    if number is not None:
+        start = number * seq_len
+        count = min(seq_len, stream.num_tokens - start)
+        labels[:count] = stream.read(start, count)
         inputs[1:count] = labels[: count - 1]
-        if first:
-            inputs[0] = stream.read(first - 1, 1)[0]
-        yield inputs.reshape(rows, seq_len), labels.reshape(rows, seq_len)
+        inputs[0] = stream.read(start - 1, 1)[0] if start else first_id
+    return inputs, labels
 
 
 def accuracy(predicted: Sequence[int], wanted: Sequence[int]) -> float:

@@ -37,8 +37,11 @@ def test_every_task_leaves_an_artifact_where_its_name_leads(tiny_root):
 
 def test_a_second_run_executes_nothing_and_loads_no_torch(root):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-    done = run_pipeline("job=tiny", f"root={root}")
+    done = run_pipeline("job=tiny", f"root={root}", PYTHONPROFILEIMPORTTIME="1")
     assert done.stdout.count("done before") == len(TASKS)
+    assert "| pydantic" in done.stderr  # the profile of imports is there
+    for library in ("torch", "deepspeed", "pyarrow", "numpy", "transformers", "datasets", "wandb"):
+        assert f" {library}\n" not in done.stderr
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()} == before
 
 

@@ -1,6 +1,64 @@
-import pytest
+import math
 
-from pipeline.training.metrics import accuracy, macro_f1
+import numpy as np
+import pytest
+import torch
+
+from pipeline.text.arrow import write_tokens
+from pipeline.text.loader import TokenStream
+from pipeline.training.metrics import accuracy, macro_f1, num_windows, score
+
+VOCAB = 11
+
+
+class Bigram(torch.nn.Module):
+    """Predicts a token from the one before it: its loss does not depend on how a stream is cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, ids, labels):
+        logits = self.table[ids].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+@pytest.fixture
+def stream(tmp_path):
+    values = np.random.default_rng(0).integers(0, VOCAB, 103).astype(np.uint16)
+    lengths = np.array([3, 50, 50])
+    hashes = np.zeros(3, np.uint64)
+    write_tokens(tmp_path / "part-00000.arrow", ["a", "b", "c"], values, lengths, lengths * 2, hashes)
+    return TokenStream([tmp_path / "part-00000.arrow"], 0.5, held=True)
+
+
+def test_every_token_is_predicted_once_however_the_stream_is_cut(stream):
+    model = Bigram()
+    tokens = torch.tensor([7, *stream.read(0, 103).tolist()])
+    nats = torch.nn.functional.cross_entropy(model.table[tokens[:-1]], tokens[1:], reduction="sum").item()
+    for seq_len, rows in ((1, 16), (8, 3), (10, 100), (103, 1), (500, 2)):
+        result = score(model, stream, seq_len, rows, first_id=7)
+        assert result.tokens == 103
+        assert result.nats == pytest.approx(nats, rel=1e-5)  # fp32 sums in another order
+    assert result.loss == pytest.approx(nats / 103, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(nats / 103), rel=1e-4)
+    assert result.bits_per_byte(stream) == pytest.approx(nats / math.log(2) / 206, rel=1e-5)
+
+
+def test_ranks_that_share_the_windows_see_all_of_them(stream):
+    model = Bigram()
+    assert num_windows(stream, 8) == 13
+    whole = score(model, stream, 8, 4, first_id=7)
+    windows = [*range(13), None]
+    shares = [score(model, stream, 8, 4, 7, windows[rank::2]) for rank in range(2)]
+    assert sum(share.tokens for share in shares) == whole.tokens
+    assert sum(share.nats for share in shares) == pytest.approx(whole.nats, rel=1e-5)
+
+
+def test_a_model_is_left_in_the_mode_it_was_in(stream):
+    model = Bigram().train()
+    score(model, stream, 8, 4, first_id=0)
+    assert model.training
 
 
 def test_accuracy():
