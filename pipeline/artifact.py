@@ -137,7 +137,7 @@ def open_artifact(path: Path, *kinds: str, where: str = "") -> Artifact:
 def read_manifest(path: Path) -> Manifest:
     """Read the manifest in directory `path`. Raises ArtifactError if it is not one of ours."""
     try:
-        return decode(Manifest, json.loads((path / MANIFEST).read_text()))
+        return decode(Manifest, json.loads((path / MANIFEST).read_text("utf-8")))
     except (ConfigError, ValueError) as error:
         problem = str(error).splitlines()[0]
         raise ArtifactError(f"{path / MANIFEST}: not a manifest of this version ({problem}); make it again") from None
@@ -184,7 +184,7 @@ def atomic(path: Path) -> Iterator[Path]:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write JSON atomically."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
 
 
 def fsync(path: Path) -> None:

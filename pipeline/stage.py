@@ -223,7 +223,7 @@ def read_outputs(directory: Path) -> tuple[dict[str, FileRecord], Stats]:
     files: dict[str, FileRecord] = {}
     stats: Stats = {}
     for path in sorted((directory / WORK).glob("units/*.json")) + sorted((directory / WORK).glob("ranks/*.json")):
-        record = decode(OutputRecord, json.loads(path.read_text()))
+        record = decode(OutputRecord, json.loads(path.read_text("utf-8")))
         files.update(record.files)
         for name, value in record.stats.items():
             counted = isinstance(value, int | float) and name in stats

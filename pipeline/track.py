@@ -181,7 +181,7 @@ class WandbTracker(Tracker):
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Return the rows of a `metrics.jsonl`; none if it is not there. A last line cut by a kill is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -194,4 +194,4 @@ def _has_account() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return netrc.exists() and "wandb" in netrc.read_text()
+    return netrc.exists() and "wandb" in netrc.read_text("utf-8")

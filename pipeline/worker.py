@@ -44,7 +44,7 @@ class FrozenTask(Settings):
 
 def read_task(path: Path) -> FrozenTask:
     """Read a frozen task."""
-    return decode(FrozenTask, json.loads(path.read_text()), where=str(path))
+    return decode(FrozenTask, json.loads(path.read_text("utf-8")), where=str(path))
 
 
 def context(task: FrozenTask) -> Context:

@@ -1,31 +1,9 @@
-"""What the tests share: the command line as a user runs it, and a made tiny job."""
+"""What the tests share: a tiny job, made once."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-PROJECT = Path(__file__).parent.parent
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "pipeline", "--config-dir", str(PROJECT / "tests/conf"), *map(str, arguments)]
-
-
-def run_pipeline(*arguments: object, status: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command line to its end; it must exit with `status`, and never with a traceback."""
-    environment = {**os.environ, "PYTHONWARNINGS": "", "WANDB_MODE": "offline", **variables}
-    done = subprocess.run(
-        command(*arguments), cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == status, f"exit status {done.returncode}, wanted {status}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr + done.stdout, done.stderr + done.stdout
-    return done
-
-
-MODEL_TASKS = ("pretrain", "finetune", "evaluate", "generate", "export")
+from support import MODEL_TASKS, run_pipeline
 
 
 @pytest.fixture(scope="session")

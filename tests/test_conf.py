@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import PROJECT, run_pipeline
+from support import PROJECT, run_pipeline
 
 from pipeline.plan import Command
 from pipeline.settings import decode

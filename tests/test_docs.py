@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import PROJECT, run_pipeline
+from support import PROJECT, run_pipeline
 
 from pipeline.compose import compose
 from pipeline.plan import Command

@@ -53,7 +53,7 @@ def locked(directory: Path) -> Iterator[int]:
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield descriptor
     except BlockingIOError:
-        owner = (directory / WORK / "lock").read_text() or "another process"
+        owner = (directory / WORK / "lock").read_text("utf-8") or "another process"
         raise LaunchError(f"{directory}: {owner} is working in it; wait for it or end it") from None
     finally:
         os.close(descriptor)
@@ -189,7 +189,7 @@ def leave_reason(directory: Path, rank: int, error: PipelineError) -> None:
 def _reason(directory: Path, rank: int, status: int) -> PipelineError:
     note = directory / WORK / f"failure-{rank:05d}.json"
     if note.exists():
-        data: Mapping[str, Any] = json.loads(note.read_text())
+        data: Mapping[str, Any] = json.loads(note.read_text("utf-8"))
         kind: type[PipelineError] = getattr(errors, data["class"], PipelineError)
         return kind(*data["problems"])
     log = directory / "logs" / f"rank-{rank:05d}.log"

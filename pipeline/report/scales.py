@@ -100,7 +100,7 @@ def smooth(points: Sequence[Point], share: float = 0.04, limit: int = MAX_POINTS
     """
     last = len(points) - 1
     places = range(last + 1) if last < limit else sorted({round(n * last / (limit - 1)) for n in range(limit)})
-    half = int(len(points) * share / 2)
+    half = max(4, int(len(points) * share / 2))  # of fewer values, the middle half is not safe from a spike
     smoothed = []
     for place in places:
         reach = min(half, place)

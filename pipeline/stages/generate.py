@@ -50,7 +50,7 @@ class Generate(Stage):
     @classmethod
     def show(cls, artifact: Artifact) -> Iterator[str]:
         """Yield the texts, prompt and continuation."""
-        for line in artifact.file(SAMPLES).read_text().splitlines():
+        for line in artifact.file(SAMPLES).read_text("utf-8").removesuffix("\n").split("\n"):
             sample = json.loads(line)
             text = sample["prompt"] + sample["continuation"]
             yield "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -87,5 +87,5 @@ class Generate(Stage):
             for prompt, tokens in zip(prompts, made, strict=True)
         ]
         with ctx.output.write(SAMPLES) as path:
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
         ctx.output.stats |= {"prompts": len(prompts), "new_tokens": sum(len(tokens) for tokens in made)}

@@ -144,7 +144,7 @@ class Datasets(RowReader):
         index = place / "dataset_dict.json"
         if not index.exists():
             return [("dataset", place)]
-        splits = json.loads(index.read_text())["splits"]
+        splits = json.loads(index.read_text("utf-8"))["splits"]
         if self.split is not None and self.split not in splits:
             raise ArtifactError(f"{place}: has no split '{self.split}'; there is {', '.join(splits)}")
         return [(name, place / name) for name in splits if self.split in (None, name)]

@@ -108,4 +108,4 @@ def _set_damaged_aside(directory: Path, log: Any) -> None:
 
 
 def _read_note(path: Path) -> CheckpointNote:
-    return decode(CheckpointNote, json.loads((path / NOTE).read_text()), where=str(path / NOTE))
+    return decode(CheckpointNote, json.loads((path / NOTE).read_text("utf-8")), where=str(path / NOTE))

@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from conftest import MODEL_TASKS, PROJECT, run_pipeline
+from support import MODEL_TASKS, PROJECT, run_pipeline
 
 
 def refused(tmp_path, *arguments, status) -> str:

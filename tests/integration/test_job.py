@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from conftest import MODEL_TASKS, PROJECT, run_pipeline
+from support import MODEL_TASKS, PROJECT, run_pipeline
 
 from pipeline.artifact import open_artifact
 

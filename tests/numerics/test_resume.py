@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, command, run_pipeline
+from support import PROJECT, command, run_pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
 
