@@ -2,13 +2,15 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pipeline.artifact import write_json
 from pipeline.errors import ArtifactError
 from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats
-from pipeline.stages.pretrain import VALIDATION_ROWS
+from pipeline.stages.finetune import refuse_classifier
+from pipeline.stages.pretrain import VALIDATION_ROWS, load_language_model
 from pipeline.text.tokenizers import TOKENIZER, load
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ class Evaluate(Stage):
     model: Annotated[str, Input("model")]
     tokens: Annotated[str, Input("tokens")]
 
+    def check(self, upstream: Mapping[str, Stage], run: Run) -> Iterator[tuple[str, str]]:
+        """Refuse classifiers."""
+        yield from refuse_classifier(upstream)
+
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
         """A small file."""
         return 1 << 20
@@ -42,18 +48,12 @@ class Evaluate(Stage):
 
     def run(self, ctx: Context) -> None:
         """Score all held-out documents and write `metrics.json`."""
-        from pipeline.models.transformer import Transformer, load_model
         from pipeline.text.loader import TokenStream
         from pipeline.training.metrics import score
 
         source, tokens = ctx.inputs["model"], ctx.inputs["tokens"]
         check_tokenizer(source, tokens)
-        for name in source.names:
-            source.file(name)
-        model = load_model(source.path)
-        settings = source.manifest.stage
-        if not isinstance(model, Transformer) or settings["kind"] != "pretrain":
-            raise ArtifactError(f"{source.path}: wanted a pretrained language model, found one of '{settings['kind']}'")
+        model, settings = load_language_model(source), source.manifest.stage
         paths = [tokens.file(name) for name in tokens.parts()]
         held = TokenStream(paths, settings["validation_fraction"], held=True)
         if not held.num_documents:

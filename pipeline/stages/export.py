@@ -9,8 +9,8 @@ from pipeline.errors import ArtifactError
 from pipeline.models.config import unexportable
 from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats
-from pipeline.stages.finetune import Finetune
-from pipeline.stages.pretrain import Pretrain
+from pipeline.stages.finetune import refuse_classifier
+from pipeline.stages.pretrain import Pretrain, load_language_model
 from pipeline.text.tokenizers import TOKENIZER
 
 
@@ -32,8 +32,7 @@ class Export(Stage):
     def check(self, upstream: Mapping[str, Stage], run: Run) -> Iterator[tuple[str, str]]:
         """Refuse models that no layout of transformers can express."""
         made_by = upstream["model"]
-        if isinstance(made_by, Finetune):
-            yield "model", "wanted a language model; classifiers are not exported yet"
+        yield from refuse_classifier(upstream)
         if isinstance(made_by, Pretrain) and (reason := unexportable(made_by.model)):
             yield "model", reason
 
@@ -48,14 +47,9 @@ class Export(Stage):
         import torch
 
         from pipeline.models.hf import export_hf
-        from pipeline.models.transformer import Transformer, load_model
 
         source = ctx.inputs["model"]
-        for name in source.names:
-            source.file(name)
-        model = load_model(source.path)
-        if not isinstance(model, Transformer):
-            raise ArtifactError(f"{source.path}: wanted a language model, found a classifier")
+        model = load_language_model(source)
         with ctx.scratch() as scratch:
             end_of_text = source.stats["end_of_text_id"]
             ids_BT = torch.randint(model.config.real_vocab_size, (4, min(64, model.config.max_seq_len)))

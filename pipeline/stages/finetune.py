@@ -11,7 +11,7 @@ from pipeline.parallel.engine import Precision
 from pipeline.parallel.mesh import shape_batch
 from pipeline.settings import Input, Source
 from pipeline.stage import Context, Run, Stage, Stats
-from pipeline.stages.pretrain import Pretrain
+from pipeline.stages.pretrain import Pretrain, load_language_model
 from pipeline.text.tokenizers import TOKENIZER
 from pipeline.track import METRICS
 from pipeline.training.optim import AdamW, AnyOptimizer
@@ -64,8 +64,7 @@ class Finetune(Stage):
         made_by = upstream["model"]
         if isinstance(made_by, Pretrain) and self.seq_len > made_by.model.max_seq_len:
             yield "seq_len", f"{self.seq_len} is longer than the model's max_seq_len of {made_by.model.max_seq_len}"
-        if isinstance(made_by, Finetune):
-            yield "model", "wanted a language model, but this one is a classifier already"
+        yield from refuse_classifier(upstream)
         try:
             shape_batch(self.batch_examples, run.microbatch_sequences, run.ranks)
         except ConfigError as error:
@@ -146,13 +145,9 @@ class Finetune(Stage):
         return train(ctx, mpu, recipe, trainee)
 
     def _build(self, source: "Artifact", labels: Sequence[str], pretrained: bool) -> "Classifier":
-        from pipeline.models.transformer import Classifier, Transformer, init_weights, load_model
+        from pipeline.models.transformer import Classifier, Transformer, init_weights
 
-        for name in source.names:
-            source.file(name)
-        trunk = load_model(source.path)
-        if not isinstance(trunk, Transformer):
-            raise ArtifactError(f"{source.path}: wanted a language model, found a classifier")
+        trunk = load_language_model(source)
         if self.seq_len > trunk.config.max_seq_len:
             raise ConfigError(f"seq_len: {self.seq_len} is longer than the model's {trunk.config.max_seq_len}")
         model = Classifier(Transformer(trunk.config), len(labels), labels)
@@ -245,3 +240,9 @@ def _scores(module: Any, examples: list[Example], labels: Sequence[str], split: 
         f"{split}_accuracy": accuracy(predicted, wanted),
         f"{split}_macro_f1": macro_f1(predicted, wanted, len(labels)),
     }
+
+
+def refuse_classifier(upstream: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
+    """Yield the problem of a stage whose `model` must be a language model, but is a fine-tuned classifier."""
+    if isinstance(upstream["model"], Finetune):
+        yield "model", "wanted a language model, but fine-tuning makes a classifier"

@@ -1,15 +1,16 @@
 """Continuing prompts with a language model."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from pipeline.artifact import Artifact
-from pipeline.errors import ArtifactError
 from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats
+from pipeline.stages.finetune import refuse_classifier
+from pipeline.stages.pretrain import load_language_model
 from pipeline.text.tokenizers import TOKENIZER, load
 
 SAMPLES = "samples.jsonl"
@@ -38,6 +39,10 @@ class Generate(Stage):
     top_p: float | None = Field(default=0.95, gt=0, le=1)
     seed: int = Field(default=0, ge=0)
 
+    def check(self, upstream: Mapping[str, Stage], run: Run) -> Iterator[tuple[str, str]]:
+        """Refuse classifiers."""
+        yield from refuse_classifier(upstream)
+
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
         """A small file."""
         return 1 << 20
@@ -59,14 +64,9 @@ class Generate(Stage):
     def run(self, ctx: Context) -> None:
         """Write one row a prompt to `samples.jsonl`."""
         from pipeline.models.generate import generate
-        from pipeline.models.transformer import Transformer, load_model
 
         source = ctx.inputs["model"]
-        for name in source.names:
-            source.file(name)
-        model = load_model(source.path)
-        if not isinstance(model, Transformer):
-            raise ArtifactError(f"{source.path}: wanted a language model, found a classifier")
+        model = load_language_model(source)
         tokenizer = load(source.file(TOKENIZER))
         prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         end_of_text = source.stats["end_of_text_id"]

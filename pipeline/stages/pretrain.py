@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.models.config import Decoder
 from pipeline.parallel.engine import Precision
@@ -19,6 +20,7 @@ from pipeline.training.schedule import AnySchedule, Cosine
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.models.transformer import Transformer
     from pipeline.parallel.mesh import BatchShape, DataParallelUnit
     from pipeline.text.loader import SequenceLoader, TokenStream
     from pipeline.training.loop import Batch
@@ -178,3 +180,15 @@ class Pretrain(Stage):
             "vocab_size": config.vocab_size,
             "end_of_text_id": ctx.inputs["tokens"].stats["end_of_text_id"],
         }
+
+
+def load_language_model(source: Artifact) -> "Transformer":
+    """Load the model of an artifact, after a check of its files. Raises ArtifactError if it is a classifier."""
+    from pipeline.models.transformer import Transformer, load_model
+
+    for name in source.names:
+        source.file(name)
+    model = load_model(source.path)
+    if not isinstance(model, Transformer):
+        raise ArtifactError(f"{source.path}: wanted a language model, found a classifier")
+    return model

@@ -38,6 +38,14 @@ def refused(tmp_path, *arguments, status) -> str:
         (["job=tiny", "tasks.pretrain.batch_tokens=500"], "500 does not divide into sequences of 32 tokens"),
         (["job=tiny", "run.ranks=3"], "a batch of 16 rows does not divide among 3 ranks"),
         (["job=tiny", "tasks.pretrain.model.num_heads=5"], "d_model (32) must be a multiple of num_heads (5)"),
+        (
+            ["job=tiny", "tasks.generate.model=@finetune"],
+            "tasks.generate.model: wanted a language model, but fine-tuning",
+        ),
+        (
+            ["job=tiny", "tasks.evaluate.model=@finetune"],
+            "tasks.evaluate.model: wanted a language model, but fine-tuning",
+        ),
         (["job=tiny", "tasks.pretrain.model.norm=layernorm"], "no Hugging Face layout computes this model"),
         (["job=tiny", "tasks.pretrain.steps=[1"], "command line: "),
         (["job=tiny", "tasks.pretrain.steps=${nope}"], "command line: "),
@@ -170,8 +178,8 @@ class TestWithAJob:
         assert "the exported model's logits differ from ours by" in said
 
     def test_a_classifier_is_no_language_model(self, jobs, tmp_path):
-        said = refused(tmp_path, "stage=generate", f"stage.model={jobs}/finetune", "stage.prompt=x", status=3)
-        assert "wanted a language model, found a classifier" in said
+        said = refused(tmp_path, "stage=generate", f"stage.model={jobs}/finetune", "stage.prompt=x", status=2)
+        assert "wanted a language model, but fine-tuning makes a classifier" in said
 
     def test_labels_that_training_has_not_seen(self, jobs, tmp_path):
         rows = [{"text": "a b", "label": "x", "split": split} for split in ("train", "valid")]
