@@ -19,9 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.errors import ConfigError
 from pipeline.settings import nearest
 
-HERE = Path(__file__).resolve().parent
-PROJECT = HERE if (HERE / "conf").is_dir() else HERE.parent  # the wheel carries conf/ and jobs/ inside the package
-CONF = PROJECT / "conf"
+PACKAGE = Path(__file__).resolve().parent
+CONF = next((d for d in (PACKAGE / "conf", PACKAGE.parent / "conf") if d.is_dir()), PACKAGE / "conf")  # wheel, checkout
 
 
 def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None], int]) -> int:
@@ -49,7 +48,7 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
         job = HydraConfig.get().runtime.choices.get("job")
         statuses.append(act({str(key): value for key, value in data.items()}, job))
 
-    OmegaConf.register_new_resolver("project", lambda path: str(PROJECT / path), replace=True)
+    OmegaConf.register_new_resolver("jobs", lambda path: str(CONF / "job" / path), replace=True)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as exceptions
     sys.argv = ["pipeline", *map(_translate, arguments)]
     try:

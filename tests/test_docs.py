@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from support import PROJECT, run_pipeline
@@ -44,6 +47,12 @@ def test_every_path_exists(name):
     text = (PROJECT / name).read_text()
     for path in re.findall(r"`((?:pipeline|conf|jobs|tests)/[\w./]+)`", text):
         assert "NAME" in path or (PROJECT / path).exists(), f"{name} names {path}"
+
+
+def test_the_console_script_is_the_same_command():
+    script = Path(sys.executable).parent / "pretrain-pipeline"
+    done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout == run_pipeline("--help").stdout.replace(" tiny,", "").replace(", tiny", "")
 
 
 def test_the_changelog_has_an_unreleased_section():

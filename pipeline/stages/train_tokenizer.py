@@ -26,7 +26,6 @@ class TrainTokenizer(Stage):
 
     version: ClassVar[int] = 1
     produces: ClassVar[str] = "tokenizer"
-    result: ClassVar[str | None] = TOKENIZER
 
     kind: Literal["train_tokenizer"] = "train_tokenizer"
     corpus: Annotated[str, Input("corpus")]
