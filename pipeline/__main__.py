@@ -1,21 +1,24 @@
 """`python -m pipeline job=NAME | stage=KIND [key=value …] [--plan]`."""
 
+import signal
 import sys
 from typing import Any
 
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ArtifactError, ConfigError, Interrupted, PipelineError, Preempted
 
 
 def main() -> None:
     """Run the command line; end with the exit status of what happened."""
-    from pipeline.compose import compose
-
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # until a job runs, nothing can be lost
+        signal.signal(number, lambda *_: sys.exit(Preempted.exit_status))
     try:
+        from pipeline.compose import compose
+
         status = compose(sys.argv[1:], act)
     except PipelineError as error:
         status = _say(error)
     except KeyboardInterrupt:
-        status = 130
+        status = Interrupted.exit_status
     sys.exit(status)
 
 
@@ -36,6 +39,8 @@ def act(data: dict[str, Any], job: str | None) -> int:
         print_end(tasks, ran, command, job)
     except PipelineError as error:
         return _say(error)
+    except OSError as error:
+        return _say(ArtifactError(f"{error.filename or 'output'}: {error.strerror}; root=DIR chooses another place"))
     return 0
 
 

@@ -176,7 +176,7 @@ def atomic(path: Path) -> Iterator[Path]:
         fsync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise ArtifactError(f"{path}: the disk is full; make room and run the same command again") from None
         raise
 
@@ -185,6 +185,11 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write JSON atomically."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Return whether a write failed for want of space or quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def fsync(path: Path) -> None:

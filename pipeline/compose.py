@@ -15,12 +15,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, Interrupted, Preempted
 from pipeline.settings import nearest
 
 PACKAGE = Path(__file__).resolve().parent
 CONF = next((d for d in (PACKAGE / "conf", PACKAGE.parent / "conf") if d.is_dir()), PACKAGE / "conf")  # wheel, checkout
+
+STOPPED = (Preempted.exit_status, Interrupted.exit_status)
 
 
 def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None], int]) -> int:
@@ -36,38 +39,55 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
         ConfigError: If Hydra cannot compose it.
     """
     statuses = [0]
-    unresolved: list[OmegaConfBaseException] = []
+    problems: list[str] = []
+    crashes: list[Exception] = []
 
     def entry(config: DictConfig) -> None:
+        if statuses[-1] in STOPPED:  # the rest of a sweep
+            return
         try:
             data = OmegaConf.to_container(config, resolve=True)
         except OmegaConfBaseException as error:  # kept for later: Hydra would print it in its own way
-            unresolved.append(error)
+            problems.append(f"command line: {_in_one_line(error)}")
             return
         assert isinstance(data, dict)
         job = HydraConfig.get().runtime.choices.get("job")
-        statuses.append(act({str(key): value for key, value in data.items()}, job))
+        if "job" in data:
+            problems.append(f"jobs/{job}.yaml: its first line must be '# @package _global_'")
+            return
+        try:
+            statuses.append(act({str(key): value for key, value in data.items()}, job))
+        except Exception as error:  # ours, not Hydra's
+            crashes.append(error)
 
     OmegaConf.register_new_resolver("jobs", lambda path: str(CONF / "job" / path), replace=True)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as exceptions
-    sys.argv = ["pipeline", *map(_translate, arguments)]
+    sys.argv = ["pipeline", *_translate(arguments)]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(entry)()
     except MissingConfigException as error:
-        raise ConfigError(_explain_missing(error)) from None
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"command line: {_in_one_line(error)}") from None
-    if unresolved:
-        raise ConfigError(*(f"command line: {_in_one_line(error)}" for error in unresolved))
+        problems.append(_explain_missing(error))
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        problems.append(f"command line: {_in_one_line(error)}")
+    if crashes:
+        raise crashes[0]
+    if problems:
+        raise ConfigError(*problems)
     return max(statuses)
 
 
-def _translate(argument: str) -> str:
-    """Turn one word of the command line into Hydra's grammar."""
-    if argument == "--plan":
-        return "++plan=true"
-    key, equals, _ = argument.partition("=")
-    if not equals or key.startswith(("-", "+", "~", "hydra")) or "@" in key or _is_group(key):
+def _translate(arguments: Sequence[str]) -> list[str]:
+    """Turn a command line into Hydra's grammar: flags first, and keys that may be wrong with ++."""
+    keys = [a for a in arguments if a[:1] in ("+", "~") or ("=" in a and not a.startswith("-"))]
+    flags = [a for a in arguments if a not in keys and a != "--plan"]
+    return [*flags, *map(_translate_key, keys), *(["++plan=true"] if "--plan" in arguments else [])]
+
+
+def _translate_key(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    if value.startswith("~/"):  # the shell expands it only at the start of a word
+        argument = f"{key}={Path.home()}{value[1:]}"
+    if not equals or key.startswith(("+", "~", "hydra")) or "@" in key or _is_group(key):
         return argument
     return "++" + argument
 
@@ -85,4 +105,5 @@ def _explain_missing(error: MissingConfigException) -> str:
 
 
 def _in_one_line(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return text.split(" See https://")[0]

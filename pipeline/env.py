@@ -3,10 +3,15 @@
 import ctypes
 import os
 import signal
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
+from pipeline.errors import Interrupted, Preempted
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1, which NCCL may catch
+LAUNCHER = "PIPELINE_LAUNCHER"  # environment variable with the process id of a rank's launcher
 
 
 @dataclass(frozen=True)
@@ -30,31 +35,47 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-@dataclass
 class StopRequest:
-    """Becomes true when a signal asks for a stop; a second one ends the process the usual way."""
+    """Becomes true when a signal asks this process to stop.
 
-    asked: bool = False
-    _previous: dict[int, object] = field(default_factory=dict)
+    Attributes:
+        came: The signals that came, in order.
+        hand_on: Called after each; a launcher hands them on to its ranks.
+    """
 
-    def listen(self) -> "StopRequest":
-        """Start to catch SIGTERM and SIGUSR2; leave SIGINT (Ctrl-C reaches the whole terminal) to the launcher."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._catch)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return self
-
-    def _catch(self, number: int, _frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+    def __init__(self) -> None:
+        self.came: list[int] = []
+        self.hand_on: Callable[[], None] = lambda: None
 
     def __bool__(self) -> bool:
-        return self.asked
+        return bool(self.came)
+
+    def error(self, message: str) -> Preempted:
+        """Return what to raise for the first signal that came."""
+        return Interrupted(message) if self.came[:1] == [signal.SIGINT] else Preempted(message)
+
+    @contextmanager
+    def listening(self, *numbers: int) -> Iterator["StopRequest"]:
+        """Catch these signals for the time of the block, but for those that are ignored (as nohup does)."""
+        caught = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._catch) for number in caught}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _catch(self, number: int, _frame: FrameType | None) -> None:
+        self.came.append(number)
+        self.hand_on()
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, so that a killed launcher leaves no rank behind."""
+    """Ask Linux to kill this process when its launcher dies, so that a killed launcher leaves no rank behind."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None:  # started by hand
+        return
     set_pdeathsig = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None).prctl(set_pdeathsig, signal.SIGKILL)
-    if os.getppid() == 1:  # the parent was gone before the call
+    if os.getppid() != int(launcher):  # the launcher was gone before the call
         os.kill(os.getpid(), signal.SIGKILL)

@@ -42,3 +42,9 @@ class Preempted(PipelineError):
     """Asked to stop, state saved: running the same command again continues."""
 
     exit_status = 75
+
+
+class Interrupted(Preempted):
+    """The same, asked for by Ctrl-C."""
+
+    exit_status = 130

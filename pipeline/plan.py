@@ -1,7 +1,9 @@
 """A job made concrete: checked, ordered tasks with fingerprints and directories, and their execution in that order."""
 
 import json
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,11 +14,12 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.artifact import MANIFEST, WORK, Artifact, open_artifact, read_manifest, write_json
+from pipeline.env import STOP_SIGNALS, StopRequest
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.launch import AnyRun
 from pipeline.launch.local import Local, launch, locked
 from pipeline.settings import Input, Settings, Source, decode, encode, fingerprint, marked, nearest
-from pipeline.stage import SCRATCH
+from pipeline.stage import SCRATCH, Stage, TaskName
 from pipeline.stages import AnyStage
 from pipeline.text.sources import identify
 from pipeline.track import AnyTracker, Jsonl
@@ -33,10 +36,10 @@ class Command(Settings):
         tasks: the stages of a job by task name; an input `@name` is the output of that task.
     """
 
-    root: str = "artifacts"
+    root: str = Field(default="artifacts", min_length=1)
     plan: bool = False
     stage: AnyStage | None = None
-    tasks: dict[str, AnyStage] = Field(default={})
+    tasks: dict[TaskName, AnyStage] = Field(default={})
     run: AnyRun = Local()
     tracker: AnyTracker = Jsonl()
 
@@ -55,6 +58,7 @@ class Task:
         where: Dotted path of its settings.
         needs: The tasks whose output it reads, by the dotted path of the setting that names each.
         inputs: Directory of each input, by the same.
+        sources: Identity of its raw files at planning, by the same.
         done: Its artifact, if that is complete.
         why: Why it must run, if it is not.
     """
@@ -64,6 +68,7 @@ class Task:
     stage: AnyStage
     needs: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, Path] = field(default_factory=dict)
+    sources: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     directory: Path = Path()
     done: Artifact | None = None
@@ -81,6 +86,8 @@ def plan(command: Command, job: str | None) -> list[Task]:
         raise ConfigError("nothing to do: say job=NAME or stage=KIND; python -m pipeline --help lists both")
     if command.stage is not None and command.tasks:
         raise ConfigError("stage: a job brings its own stages; say either job=NAME or stage=KIND")
+    if command.stage is None and not command.tasks:
+        raise ConfigError("tasks: the job has none")
     if command.stage is not None:
         tasks = {str(command.stage.kind): Task(command.stage.kind, "stage", command.stage)}
     else:
@@ -102,13 +109,17 @@ def execute(tasks: list[Task], command: Command, job: str | None, report: Callab
 
     Raises:
         PipelineError: The first failure; the artifacts of the tasks before it stay.
+        Preempted: If a signal asked for a stop; what is done stays.
     """
-    for task in tasks:
-        if task.done is None:
-            task.done = _run(task, command, job)
-            report(task)
-        if job is not None:
-            _link(Path(command.root) / "jobs" / job / task.name, task.done.path)
+    with StopRequest().listening(*STOP_SIGNALS, signal.SIGHUP, signal.SIGINT) as stop:
+        for task in tasks:
+            if task.done is None:
+                if stop:
+                    raise stop.error(f"stopped before {task.name}; the tasks before it are done")
+                task.done = _run(task, command, job, stop)
+                report(task)
+            if job is not None:
+                _link(Path(command.root) / "jobs" / job / task.name, task.done.path)
 
 
 def _connect(tasks: Mapping[str, Task]) -> None:
@@ -158,33 +169,49 @@ def _check(
     """Let every stage look for what cannot work, given the settings of what makes its inputs."""
     problems = []
     for task in ordered:
-        upstream = {name: tasks[other].stage for name, other in task.needs.items()}
+        upstream: dict[str, Stage] = {name: tasks[other].stage for name, other in task.needs.items()}
         for name, artifact in outside[task.name].items():
-            upstream[name] = decode(StageHolder, {"stage": artifact.manifest.stage}, where=str(artifact.path)).stage
+            upstream[name] = _stage_of(artifact)
         problems += [f"{task.where}.{name}: {problem}" for name, problem in task.stage.check(upstream, command.run)]
     if problems:
         raise ConfigError(*problems)
+
+
+def _stage_of(artifact: Artifact) -> Stage:
+    try:
+        return decode(StageHolder, {"stage": artifact.manifest.stage}).stage
+    except ConfigError as error:
+        raise ArtifactError(
+            f"{artifact.path}: made by another version, whose settings this one does not know ({error.problems[0]}); "
+            "make it again"
+        ) from None
 
 
 def _place(task: Task, tasks: Mapping[str, Task], outside: Mapping[str, Artifact], root: Path, job: str | None) -> None:
     """Give a task its fingerprint, directory and state."""
     identities: dict[str, Any] = {name: artifact.manifest.fingerprint for name, artifact in outside.items()}
     identities |= {name: tasks[other].fingerprint for name, other in task.needs.items()}
-    identities |= {name: identify(value) for name, _, value in marked(task.stage, Source)}
+    task.sources = _identify_sources(task.stage)
     settings = encode(task.stage)
-    for name, identity in identities.items():
+    for name, identity in {**identities, **task.sources}.items():
         _put(settings, name, identity)
     task.fingerprint = fingerprint({"stage": settings, "version": task.stage.version})
     task.directory = root / task.stage.produces / f"{task.name}-{task.fingerprint}"
     for path in [task.directory, *sorted(task.directory.parent.glob(f"*-{task.fingerprint}"))]:
         if (path / MANIFEST).is_file():
             task.done, task.directory = open_artifact(path, task.stage.produces), path
+            if task.done.manifest.fingerprint != task.fingerprint:
+                raise ArtifactError(f"{path}: its manifest has another fingerprint; delete it and run this again")
             break
     task.inputs = {name: artifact.path for name, artifact in outside.items()}
     task.inputs |= {name: tasks[other].directory for name, other in task.needs.items()}
     if task.done is None:
         link = root / "jobs" / (job or "") / task.name
         task.why = _why(task, [other for other in task.needs.values() if tasks[other].done is None], link)
+
+
+def _identify_sources(stage: Stage) -> dict[str, Any]:
+    return {name: identify(value) for name, _, value in marked(stage, Source)}
 
 
 def _put(data: Any, path: str, value: Any) -> None:
@@ -202,7 +229,10 @@ def _why(task: Task, waiting_for: list[str], link: Path) -> str:
         return f"after {', '.join(dict.fromkeys(waiting_for))}"
     if not (link / MANIFEST).is_file():
         return "never made"
-    changed = list(_differences(read_manifest(link).stage, encode(task.stage), ""))
+    try:
+        changed = list(_differences(read_manifest(link).stage, encode(task.stage), ""))
+    except ArtifactError:
+        return "the last one was made by another version"
     return "; ".join(changed) if changed else "its input or its code changed"
 
 
@@ -215,16 +245,25 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
         yield f"{path} {json.dumps(old)} → {json.dumps(new)}"
 
 
-def _run(task: Task, command: Command, job: str | None) -> Artifact:
+def _run(task: Task, command: Command, job: str | None, stop: StopRequest) -> Artifact:
     began = time.monotonic()
     num_ranks = 1 if task.stage.ranks == "one" else command.run.ranks
     _check_disk(task, command)
     with locked(task.directory) as lock:
         if not (task.directory / MANIFEST).exists():  # another run may have made it while this one waited
             frozen = _freeze(task, command, job)
-            launch(task.directory, num_ranks, command.run, lock)
+            _check_sources(task)
+            launch(task.directory, num_ranks, command.run, lock, stop)
+            _check_sources(task)  # what was read is what the fingerprint says
             publish(frozen, time.monotonic() - began, num_ranks)
     return open_artifact(task.directory, task.stage.produces)
+
+
+def _check_sources(task: Task) -> None:
+    for name, identity in _identify_sources(task.stage).items():
+        if identity != task.sources[name]:
+            shutil.rmtree(task.directory / WORK / "units", ignore_errors=True)  # some may be of the old text
+            raise ArtifactError(f"{task.where}.{name}: its files changed while the job ran; run it again")
 
 
 def _freeze(task: Task, command: Command, job: str | None) -> FrozenTask:
@@ -239,6 +278,7 @@ def _freeze(task: Task, command: Command, job: str | None) -> FrozenTask:
         run=command.run,
         tracker=command.tracker,
     )
+    shutil.rmtree(task.directory / WORK / "ranks", ignore_errors=True)
     for directory in ("units", "ranks"):
         (task.directory / WORK / directory).mkdir(exist_ok=True)
     shutil.rmtree(task.directory / WORK / SCRATCH, ignore_errors=True)
@@ -251,22 +291,24 @@ def _freeze(task: Task, command: Command, job: str | None) -> FrozenTask:
 def _check_disk(task: Task, command: Command) -> None:
     artifacts = [open_artifact(path) for path in task.inputs.values()]
     input_bytes = sum(record.bytes for artifact in artifacts for record in artifact.manifest.files.values())
-    input_bytes += sum(int(size) for _, _, value in marked(task.stage, Source) for _, size, _ in identify(value))
+    input_bytes += sum(int(size) for files in task.sources.values() for _, size, _ in files)
     need = task.stage.disk_bytes(input_bytes, command.run)
     root = Path(command.root)
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     if need > free:
         raise ArtifactError(
-            f"{task.where}: needs about {need / 1e9:.1f} GB in {root}, which has {free / 1e9:.1f} GB free; "
+            f"{task.where}: needs about {need / 1e6:,.3f} MB in {root}, which has {free / 1e6:,.3f} MB free; "
             "make room or choose another root=DIR"
         )
 
 
 def _link(link: Path, target: Path) -> None:
     """Lead `link` to `target` in one step, whatever was there."""
+    relative = os.path.relpath(target, link.parent)
+    if link.is_symlink() and str(link.readlink()) == relative:
+        return
     link.parent.mkdir(parents=True, exist_ok=True)
-    temporary = link.with_name(link.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(Path("../..") / target.relative_to(link.parent.parent.parent))
+    temporary = link.with_name(f"{link.name}.{os.getpid()}.tmp")
+    temporary.symlink_to(relative)
     temporary.replace(link)

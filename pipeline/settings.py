@@ -19,7 +19,9 @@ from pipeline.errors import ConfigError
 class Settings(BaseModel):
     """A frozen group of settings that refuses unknown keys and wrong types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
 
 
 class Choice(Settings):
@@ -119,7 +121,11 @@ def _problem(error: Any, schema: dict[str, Any], data: Any, where: str) -> str:
         tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "").split(", ")
         return f"{place}.kind: no {_noun(path)} is called '{tag}'{nearest(tag, known)}"
     if kind == "union_tag_not_found":
-        return f"{place}.kind: missing; say which kind"
+        choices = node.get("properties", {}).get(path[-1], {}) if path else {}
+        known = sorted(_deref(choices, schema).get("discriminator", {}).get("mapping", {}))
+        return f"{place}.kind: missing; say which kind{': ' if known else ''}{' or '.join(known)}"
+    if kind == "string_pattern_mismatch" and path[-1] == "[key]":
+        return f"{'.'.join(path[:-1])}: wanted a name of up to 64 letters, digits, _ and -"
     if kind == "value_error":
         return f"{place}: {error['ctx']['error']}"
     wanted = error["msg"].replace("Input should be", "wanted").replace("a valid integer", "an integer")
@@ -136,8 +142,9 @@ def _locate(loc: tuple[int | str, ...], schema: dict[str, Any], data: Any) -> tu
             continue
         path.append(str(key))
         if depth < len(loc) - 1:
-            below = node.get("properties", {}).get(key) or node.get("additionalProperties") or node.get("items") or {}
-            node = _deref(below if isinstance(below, dict) else {}, schema)
+            keyed = [node.get("additionalProperties"), *node.get("patternProperties", {}).values(), node.get("items")]
+            below = node.get("properties", {}).get(key) or next((b for b in keyed if isinstance(b, dict)), {})
+            node = _deref(below, schema)
     return path, node
 
 

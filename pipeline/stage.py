@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from pipeline.artifact import WORK, Artifact, FileRecord, atomic, record_file, write_json
 from pipeline.env import Ranks
@@ -25,6 +25,7 @@ from pipeline.settings import Choice, Settings, decode, encode
 from pipeline.track import Tracker
 
 Stats = dict[str, Any]
+TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # becomes part of a path
 SCRATCH = "scratch"  # in work/
 
 

@@ -77,6 +77,7 @@ def open_tracker(
         ConfigError: If the tracker's package is not installed.
     """
     if isinstance(choice, NoTracker):
+        (directory / METRICS).unlink(missing_ok=True)  # of an earlier try with another tracker: it would stop short
         return Tracker()
     trackers: list[Tracker] = [MetricsFile(directory / METRICS, after_step)]
     if isinstance(choice, TensorBoard):

@@ -1,4 +1,4 @@
-"""One rank of one task, from the frozen file that every rank reads: `python -m pipeline.worker DIR/work/task.json`.
+"""One rank of one task, from the frozen file that every rank reads.
 
 `publish` makes the directory an artifact, called once by one process after all ranks have ended well.
 """
@@ -7,16 +7,17 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
-import traceback
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NoReturn
 
 import pipeline
-from pipeline.artifact import WORK, InputRecord, Made, Manifest, open_artifact, write_manifest
-from pipeline.env import StopRequest, die_with_parent, read_ranks
-from pipeline.errors import PipelineError
+from pipeline.artifact import WORK, InputRecord, Made, Manifest, is_disk_full, open_artifact, write_manifest
+from pipeline.env import STOP_SIGNALS, Ranks, StopRequest, read_ranks
+from pipeline.errors import ArtifactError, PipelineError
 from pipeline.launch import AnyRun
 from pipeline.launch.local import leave_reason
 from pipeline.settings import Settings, decode, encode
@@ -47,8 +48,8 @@ def read_task(path: Path) -> FrozenTask:
     return decode(FrozenTask, json.loads(path.read_text("utf-8")), where=str(path))
 
 
-def context(task: FrozenTask) -> Context:
-    """Open the inputs of a task and say where this rank runs."""
+def context(task: FrozenTask, ranks: Ranks) -> Context:
+    """Open the inputs of a task for one of its ranks."""
     directory = Path(task.directory)
     inputs = {name: open_artifact(Path(path), where=f"{task.name}.{name}") for name, path in task.inputs.items()}
     title = f"{task.job}.{task.name}" if task.job else task.name
@@ -58,15 +59,15 @@ def context(task: FrozenTask) -> Context:
         directory=directory,
         inputs=inputs,
         settings=task.run,
-        ranks=read_ranks(),
+        ranks=ranks,
         open_tracker=lambda step: open_tracker(task.tracker, directory, run_id, title, encode(task.stage), step),
     )
 
 
 def work(task: FrozenTask, stop: StopRequest) -> None:
     """Do this rank's share of a task and leave a note of its output."""
-    ctx = context(task)
-    ctx.should_stop = lambda: stop.asked
+    ctx = context(task, read_ranks())
+    ctx.should_stop = lambda: bool(stop)
     failed = True
     try:
         task.stage.run(ctx)
@@ -78,7 +79,7 @@ def work(task: FrozenTask, stop: StopRequest) -> None:
 
 def publish(task: FrozenTask, seconds: float, num_ranks: int) -> Manifest:
     """Turn the finished work of all ranks into an artifact and return its manifest."""
-    ctx = context(task)
+    ctx = context(task, Ranks())
     files, stats = read_outputs(ctx.directory)
     ctx.output.files.update(files)
     manifest = Manifest(
@@ -113,17 +114,22 @@ def publish(task: FrozenTask, seconds: float, num_ranks: int) -> Manifest:
 
 def main() -> None:
     """Run this process's rank; leave the reason of a failure for the launcher and exit with its status."""
-    die_with_parent()
-    stop = StopRequest().listen()
     task = read_task(Path(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's
     try:
-        work(task, stop)
+        with StopRequest().listening(*STOP_SIGNALS) as stop:
+            work(task, stop)
     except PipelineError as error:
-        leave_reason(Path(task.directory), read_ranks().rank, error)
-        sys.exit(error.exit_status)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
+        _fail(task, error)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        _fail(task, ArtifactError(f"{task.directory}: the disk is full; make room and run the same command again"))
+
+
+def _fail(task: FrozenTask, error: PipelineError) -> NoReturn:
+    leave_reason(Path(task.directory), read_ranks().rank, error)
+    sys.exit(error.exit_status)
 
 
 def _commit() -> str | None:
@@ -134,7 +140,3 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import PROJECT, run_pipeline
+from support import PROJECT, command, run_pipeline
 
 from pipeline.compose import compose
 from pipeline.plan import Command
@@ -37,8 +37,8 @@ def test_every_command_composes_and_decodes(line):
 
 @pytest.mark.parametrize("line", sorted(set(LINES) - set(PIPELINE)))
 def test_every_make_target_exists(line):
-    command, target = line.split()
-    assert command == "make"
+    program, target = line.split()
+    assert program == "make"
     assert re.search(rf"^{target}:", (PROJECT / "Makefile").read_text(), re.MULTILINE)
 
 
@@ -51,8 +51,9 @@ def test_every_path_exists(name):
 
 def test_the_console_script_is_the_same_command():
     script = Path(sys.executable).parent / "pretrain-pipeline"
-    done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
-    assert done.stdout == run_pipeline("--help").stdout.replace(" tiny,", "").replace(", tiny", "")
+    arguments = command("--help")[3:]
+    done = subprocess.run([script, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout == run_pipeline("--help").stdout
 
 
 def test_the_changelog_has_an_unreleased_section():

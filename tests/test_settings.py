@@ -67,6 +67,21 @@ def test_each_mistake_is_one_clear_line(data, message):
     assert problems(data) == [message]
 
 
+def test_a_task_name_must_be_fit_for_a_path():
+    from pipeline.plan import Command
+
+    with pytest.raises(ConfigError) as caught:
+        decode(Command, {"tasks": {"a/b": {"kind": "dedup", "corpus": "x"}}})
+    assert caught.value.problems == ("tasks.a/b: wanted a name of up to 64 letters, digits, _ and -",)
+
+
+def test_numbers_that_are_none_are_never_written():
+    class Loose(Settings):
+        stats: dict[str, object]
+
+    assert "NaN" in str(encode(Loose(stats={"loss": float("nan")}))).replace("nan", "NaN")  # not null: it would pass
+
+
 def test_several_mistakes_are_reported_together():
     found = problems({"tasks": {"a": {"kind": "learn", "stps": 3}, "b": {"kind": "no"}}, "threads": "x"})
     assert {line.split(":")[0] for line in found} == {"tasks.a.tokens", "tasks.a.stps", "tasks.b.kind", "threads"}

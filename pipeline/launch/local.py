@@ -10,17 +10,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from pipeline import errors
-from pipeline.artifact import WORK
-from pipeline.env import STOP_SIGNALS, cpus
-from pipeline.errors import ConfigError, LaunchError, PipelineError, Preempted
+from pipeline.artifact import WORK, write_json
+from pipeline.env import LAUNCHER, StopRequest, cpus
+from pipeline.errors import ArtifactError, ConfigError, LaunchError, PipelineError, Preempted
 from pipeline.stage import Run
 
 REDRAW = b"\r\x1b[2K"  # how a progress line begins
+PACKAGE = Path(__file__).resolve().parent.parent
 GRACE_S = 10.0  # what the ranks that are left get to end after one has failed
 
 
@@ -28,12 +29,6 @@ class Local(Run):
     """Processes on this machine."""
 
     kind: Literal["local"] = "local"
-
-
-class Interrupted(Preempted):
-    """Ctrl-C: state saved, the same command continues."""
-
-    exit_status = 130
 
 
 @contextmanager
@@ -59,13 +54,15 @@ def locked(directory: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def launch(directory: Path, num_ranks: int, run: Run, lock: int) -> None:
+def launch(directory: Path, num_ranks: int, run: Run, lock: int, stop: StopRequest) -> None:
     """Run `num_ranks` ranks of the task frozen in `directory` and return when all have ended well.
+
+    A stop is handed on to the ranks, which save their state; a second one ends them at once.
 
     Raises:
         PipelineError: What the first rank to fail left as its reason, of the same class.
         LaunchError: If a rank ended without a reason; with the last lines of its log.
-        Preempted: If the ranks were asked to stop and saved their state.
+        Preempted: If the ranks were asked to stop.
     """
     (directory / "logs").mkdir(exist_ok=True)
     for old in (directory / WORK).glob("failure-*.json"):
@@ -73,16 +70,20 @@ def launch(directory: Path, num_ranks: int, run: Run, lock: int) -> None:
     threads = run.threads or max(1, cpus() // num_ranks)
     port = _free_port() if num_ranks > 1 else 0
     ranks = [_start(directory, rank, num_ranks, threads, port, lock) for rank in range(num_ranks)]
-    with _forwarded(ranks) as stopped:
-        failed = _wait(ranks)
+    stop.hand_on = lambda: _signal_all(ranks, signal.SIGTERM if len(stop.came) == 1 else signal.SIGKILL)
+    if stop:
+        stop.hand_on()
+    failed = _wait(ranks)
+    stop.hand_on = lambda: None
     if failed is None:
         return
-    error = _reason(directory, failed, ranks[failed].returncode)
-    if isinstance(error, Preempted) and stopped == [signal.SIGINT]:
-        raise Interrupted(str(error))
-    if stopped and not isinstance(error, Preempted):  # stopped before it could listen: nothing was lost
-        error = Interrupted("stopped") if stopped == [signal.SIGINT] else Preempted("stopped")
-    raise error
+    status = ranks[failed].returncode
+    reason = _left_reason(directory, failed)
+    if stop and reason is None and -status in (signal.SIGTERM, signal.SIGKILL):
+        raise stop.error(f"{directory}: stopped; what was done since the last checkpoint or unit is done again")
+    if isinstance(reason, Preempted):
+        raise stop.error(str(reason)) if stop else reason
+    raise reason or _guessed_reason(directory, failed, status)
 
 
 def _start(directory: Path, rank: int, num_ranks: int, threads: int, port: int, lock: int) -> "subprocess.Popen[bytes]":
@@ -97,10 +98,13 @@ def _start(directory: Path, rank: int, num_ranks: int, threads: int, port: int, 
         "RAYON_NUM_THREADS": str(threads),
         # Note: threads that wait for one another spin; on busy processors that costs most of the speed
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
-        "PIPELINE_TERMINAL_WIDTH": str(os.get_terminal_size(1).columns) if sys.stdout.isatty() and rank == 0 else "",
+        "PIPELINE_TERMINAL_WIDTH": _terminal_width() if rank == 0 else "",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
+        LAUNCHER: str(os.getpid()),
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.worker", str(directory / WORK / "task.json")],
+        # -P: not a folder called pipeline where the user happens to be
+        [sys.executable, "-P", str(PACKAGE / "rank.py"), str(directory / WORK / "task.json")],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -115,39 +119,42 @@ def _start(directory: Path, rank: int, num_ranks: int, threads: int, port: int, 
 
 
 def _pump(stream: IO[bytes], log: IO[bytes], show: bool) -> None:
-    """Copy a rank's output to its log, rank 0's to the terminal too; of a redrawn line only the end is logged."""
-    with log:
-        line = b""
-        while block := os.read(stream.fileno(), 65536):
-            if show:
-                sys.stdout.buffer.write(block)
-                sys.stdout.buffer.flush()
-            *whole, line = (line + block).split(b"\n")
+    """Copy a rank's output to its log, rank 0's to the terminal too; of a redrawn line only the end is logged.
+
+    Reads to the end whatever happens, or the rank would wait for ever: without a terminal (it was closed) or room for
+    the log, what cannot be written is dropped.
+    """
+    line = b""
+    while block := os.read(stream.fileno(), 65536):
+        show = show and _show(block)
+        *whole, line = (line + block).split(b"\n")
+        with suppress(OSError):
             log.writelines(text.rsplit(REDRAW, 1)[-1] + b"\n" for text in whole)
             log.flush()
-        log.write(line.rsplit(REDRAW, 1)[-1] + b"\n" if line else b"")
     if show and REDRAW in line:  # ended in the middle of its progress
-        sys.stdout.buffer.write(REDRAW)
-        sys.stdout.buffer.flush()
+        _show(REDRAW)
+    with suppress(OSError):
+        log.write(line.rsplit(REDRAW, 1)[-1] + b"\n" if line else b"")
+    with suppress(OSError):
+        log.close()
 
 
-@contextmanager
-def _forwarded(ranks: "list[subprocess.Popen[bytes]]") -> Iterator[list[int]]:
-    """Ask the ranks to stop when this process is asked to; the second time, end them. Gives the signals that came."""
-    came: list[int] = []
-
-    def forward(number: int, _frame: object) -> None:
-        came.append(number)
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.send_signal(signal.SIGTERM if len(came) == 1 else signal.SIGKILL)
-
-    previous = {number: signal.signal(number, forward) for number in (*STOP_SIGNALS, signal.SIGINT)}
+def _show(block: bytes) -> bool:
+    """Write to the terminal; return whether there still is one."""
     try:
-        yield came
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        sys.stdout.buffer.write(block)
+        sys.stdout.buffer.flush()
+    except (OSError, ValueError, AttributeError):
+        return False
+    return True
+
+
+def _terminal_width() -> str:
+    """Return the width of the terminal, empty where standard output is none."""
+    try:
+        return str(os.get_terminal_size(1).columns) if os.isatty(1) else ""
+    except OSError:
+        return ""
 
 
 def _wait(ranks: "list[subprocess.Popen[bytes]]") -> int | None:
@@ -180,20 +187,29 @@ def _signal_all(ranks: "list[subprocess.Popen[bytes]]", number: int) -> None:
 
 
 def leave_reason(directory: Path, rank: int, error: PipelineError) -> None:
-    """Leave the reason why this rank fails where `launch` finds it."""
+    """Leave the reason why this rank fails where `launch` finds it; on a full disk the exit status has to do."""
     problems = error.problems if isinstance(error, ConfigError) else [str(error)]
-    data = {"class": type(error).__name__, "problems": list(problems)}
-    (directory / WORK / f"failure-{rank:05d}.json").write_text(json.dumps(data))
+    with suppress(OSError, ArtifactError):
+        data = {"class": type(error).__name__, "problems": list(problems)}
+        write_json(directory / WORK / f"failure-{rank:05d}.json", data)
 
 
-def _reason(directory: Path, rank: int, status: int) -> PipelineError:
-    note = directory / WORK / f"failure-{rank:05d}.json"
-    if note.exists():
-        data: Mapping[str, Any] = json.loads(note.read_text("utf-8"))
-        kind: type[PipelineError] = getattr(errors, data["class"], PipelineError)
-        return kind(*data["problems"])
+def _left_reason(directory: Path, rank: int) -> PipelineError | None:
+    """Return the error that a rank left, if it left one."""
+    try:
+        data: Mapping[str, Any] = json.loads((directory / WORK / f"failure-{rank:05d}.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    kind: type[PipelineError] = getattr(errors, data["class"], PipelineError)
+    return kind(*data["problems"])
+
+
+def _guessed_reason(directory: Path, rank: int, status: int) -> PipelineError:
+    """Say how a rank ended that left no reason, with the end of its log."""
     log = directory / "logs" / f"rank-{rank:05d}.log"
-    last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    last = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-15:])
+    if status == ArtifactError.exit_status:
+        return ArtifactError(f"{directory}: the disk is full; make room and run the same command again")
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
     return LaunchError(f"{directory}: rank {rank} {how}; the same command continues; the end of {log}:\n{last}")
 

@@ -3,6 +3,7 @@
 Letters of the shape suffixes: B prompts, T positions, V ids of the vocabulary.
 """
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def generate(
                 ids_B = logits_BV.argmax(-1)
             else:
                 uniform_B = torch.tensor([r.random() for r in randoms], device=logits_BV.device)
-                ids_B = sample(logits_BV / temperature, uniform_B, top_k, top_p)
+                ids_B = sample(_cooled(logits_BV, temperature), uniform_B, top_k, top_p)
             _append(ids_B.tolist(), new_ids, open_rows, room, stop_id)
             ids_BT = ids_B.unsqueeze(1)
     return new_ids
@@ -80,6 +81,16 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, top_k: int | None = None, top_p
     point_B1 = uniform_B.unsqueeze(1) * ends_BV[:, -1:]
     choice_B1 = torch.searchsorted(ends_BV, point_B1, right=True).minimum(last_B1)
     return ids_BV.gather(1, choice_B1).squeeze(1)
+
+
+def _cooled(logits_BV: Tensor, temperature: float) -> Tensor:
+    """Return the logits divided by `temperature`, less a number for each row that makes its largest 0.
+
+    Their softmax is the same, and no temperature is so low that a logit overflows to infinity. What 32 bits cannot
+    invert counts as the lowest that they can, at which anything but the largest logit already has probability 0.
+    """
+    peaks_B1 = logits_BV.amax(-1, keepdim=True)
+    return (logits_BV - peaks_B1) / max(temperature, torch.finfo(torch.float32).tiny)
 
 
 def _append(
@@ -132,8 +143,8 @@ def _check(
             )
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens: wanted at least 1, found {max_new_tokens}")
-    if temperature is not None and temperature <= 0:
-        problems.append(f"temperature: wanted more than 0, or null for the likeliest id, found {temperature}")
+    if temperature is not None and not 0 < temperature < math.inf:
+        problems.append(f"temperature: wanted a number more than 0, or null for the likeliest id, found {temperature}")
     if temperature is None and (top_k is not None or top_p is not None):
         problems.append("temperature: null takes the likeliest id, so top_k and top_p must be null too")
     if top_k is not None and top_k < 1:

@@ -104,13 +104,24 @@ def process_group() -> Iterator[DataParallelUnit]:
 def build_engine(
     model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", settings: EngineSettings, mpu: DataParallelUnit
 ) -> Any:
-    """Return the DeepSpeed engine that trains `model`."""
+    """Return the DeepSpeed engine that trains `model`.
+
+    Raises:
+        ConfigError: If DeepSpeed does not take what `run.parallel.deepspeed` says.
+    """
     import deepspeed
 
     learning = [p for p in model.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, model_parameters=learning, config=deepspeed_json(settings), mpu=mpu
-    )
+    config = deepspeed_json(settings)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, model_parameters=learning, config=config, mpu=mpu
+        )
+    except Exception as error:
+        if not settings.extra:
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"run.parallel.deepspeed: DeepSpeed does not take it: {reason}") from error
     return engine
 
 

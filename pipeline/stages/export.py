@@ -52,7 +52,8 @@ class Export(Stage):
         model = load_language_model(source)
         with ctx.scratch() as scratch:
             end_of_text = source.stats["end_of_text_id"]
-            ids_BT = torch.randint(model.config.real_vocab_size, (4, min(64, model.config.max_seq_len)))
+            shape, chance = (4, min(64, model.config.max_seq_len)), torch.Generator().manual_seed(0)
+            ids_BT = torch.randint(model.config.real_vocab_size, shape, generator=chance)
             difference = export_hf(model, source.file(TOKENIZER), scratch, ids_BT, eos_id=end_of_text)
             if not difference <= self.max_logit_difference:
                 raise ArtifactError(

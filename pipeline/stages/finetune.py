@@ -8,10 +8,9 @@ from pydantic import Field
 
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.parallel.engine import Precision
-from pipeline.parallel.mesh import shape_batch
 from pipeline.settings import Input, Source
 from pipeline.stage import Context, Run, Stage, Stats
-from pipeline.stages.pretrain import Pretrain, load_language_model
+from pipeline.stages.pretrain import Pretrain, check_engine, load_language_model
 from pipeline.text.tokenizers import TOKENIZER
 from pipeline.track import METRICS
 from pipeline.training.optim import AdamW, AnyOptimizer
@@ -65,10 +64,7 @@ class Finetune(Stage):
         if isinstance(made_by, Pretrain) and self.seq_len > made_by.model.max_seq_len:
             yield "seq_len", f"{self.seq_len} is longer than the model's max_seq_len of {made_by.model.max_seq_len}"
         yield from refuse_classifier(upstream)
-        try:
-            shape_batch(self.batch_examples, run.microbatch_sequences, run.ranks)
-        except ConfigError as error:
-            yield "batch_examples", str(error)
+        yield from check_engine(self.batch_examples, "batch_examples", self, run)
 
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
         """Weights once, and weights with two moments for every checkpoint of both trainings; the input is the model."""

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from pipeline.artifact import Artifact
 from pipeline.settings import Input
@@ -14,6 +14,10 @@ from pipeline.stages.pretrain import load_language_model
 from pipeline.text.tokenizers import TOKENIZER, load
 
 SAMPLES = "samples.jsonl"
+
+
+def _as_list(prompt: object) -> object:
+    return [prompt] if isinstance(prompt, str) else prompt
 
 
 class Generate(Stage):
@@ -32,7 +36,7 @@ class Generate(Stage):
 
     kind: Literal["generate"] = "generate"
     model: Annotated[str, Input("model")]
-    prompt: str | list[str]
+    prompt: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
     max_new_tokens: int = Field(default=80, ge=1)
     temperature: float | None = Field(default=0.8, gt=0)
     top_k: int | None = Field(default=None, ge=1)
@@ -68,10 +72,9 @@ class Generate(Stage):
         source = ctx.inputs["model"]
         model = load_language_model(source)
         tokenizer = load(source.file(TOKENIZER))
-        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         end_of_text = source.stats["end_of_text_id"]
         # an empty prompt begins a text: what follows the end of the text before
-        ids = [tokenizer.encode(prompt) or [end_of_text] for prompt in prompts]
+        ids = [tokenizer.encode(prompt) or [end_of_text] for prompt in self.prompt]
         made = generate(
             model,
             ids,
@@ -84,8 +87,8 @@ class Generate(Stage):
         )
         rows = [
             {"prompt": prompt, "continuation": tokenizer.decode(tokens), "new_tokens": len(tokens)}
-            for prompt, tokens in zip(prompts, made, strict=True)
+            for prompt, tokens in zip(self.prompt, made, strict=True)
         ]
         with ctx.output.write(SAMPLES) as path:
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-        ctx.output.stats |= {"prompts": len(prompts), "new_tokens": sum(len(tokens) for tokens in made)}
+        ctx.output.stats |= {"prompts": len(self.prompt), "new_tokens": sum(len(tokens) for tokens in made)}

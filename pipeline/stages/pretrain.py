@@ -8,7 +8,7 @@ from pydantic import Field
 from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.models.config import Decoder
-from pipeline.parallel.engine import Precision
+from pipeline.parallel.engine import EngineSettings, Precision, deepspeed_json
 from pipeline.parallel.mesh import shape_batch
 from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from pipeline.models.transformer import Transformer
     from pipeline.parallel.mesh import BatchShape, DataParallelUnit
+    from pipeline.stages.finetune import Finetune
     from pipeline.text.loader import SequenceLoader, TokenStream
     from pipeline.training.loop import Batch
 
@@ -66,10 +67,7 @@ class Pretrain(Stage):
         if self.batch_tokens % self.seq_len:
             yield "batch_tokens", f"{self.batch_tokens} does not divide into sequences of {self.seq_len} tokens"
             return
-        try:
-            shape_batch(self.batch_tokens // self.seq_len, run.microbatch_sequences, run.ranks)
-        except ConfigError as error:
-            yield "batch_tokens", str(error)
+        yield from check_engine(self.batch_tokens // self.seq_len, "batch_tokens", self, run)
 
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
         """Weights once, and weights with two moments in fp32 for every checkpoint and the one being written."""
@@ -192,3 +190,18 @@ def load_language_model(source: Artifact) -> "Transformer":
     if not isinstance(model, Transformer):
         raise ArtifactError(f"{source.path}: wanted a language model, found a classifier")
     return model
+
+
+def check_engine(rows: int, field: str, stage: "Pretrain | Finetune", run: Run) -> Iterator[tuple[str, str]]:
+    """Yield what DeepSpeed's settings cannot be made of: a batch that does not divide, a contradiction."""
+    try:
+        shape = shape_batch(rows, run.microbatch_sequences, run.ranks)
+    except ConfigError as error:
+        yield field, str(error)
+        return
+    try:
+        deepspeed_json(
+            EngineSettings(shape, run.parallel.zero, stage.precision, stage.clip_norm, run.parallel.deepspeed)
+        )
+    except ConfigError as error:
+        yield from ((field, problem) for problem in error.problems)

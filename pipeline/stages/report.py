@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pipeline.artifact import Artifact, write_json
 from pipeline.settings import Input
-from pipeline.stage import Context, Run, Stage, Stats
+from pipeline.stage import Context, Run, Stage, Stats, TaskName
 
 PAGE = "index.html"
 
@@ -27,7 +27,7 @@ class Report(Stage):
     result: ClassVar[str | None] = PAGE
 
     kind: Literal["report"] = "report"
-    tasks: Annotated[dict[str, str], Input(), Field(min_length=1)]
+    tasks: Annotated[dict[TaskName, str], Input(), Field(min_length=1)]
     title: str = "Pretraining report"
 
     def disk_bytes(self, input_bytes: int, run: Run) -> int:

@@ -1,15 +1,14 @@
 """Labelled texts: JSONL rows with a text, a label and a split."""
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from pipeline.errors import ArtifactError
-from pipeline.settings import nearest
-from pipeline.text.arrow import open_decompressed
+from pipeline.text.arrow import Reject
+from pipeline.text.lines import BYTE_ORDER_MARK, open_raw
+from pipeline.text.rows import Row, describe_problem, parse_json
+from pipeline.text.sources import expand_user, regular_file
 
 SPLITS = ("train", "valid", "test")
 
@@ -31,32 +30,51 @@ def read_labelled(
         where: Dotted path of the setting that names the file, for messages.
 
     Raises:
-        ArtifactError: If the file is missing, a row is not JSON or lacks a field, or a split is unknown or empty.
+        ArtifactError: If the file cannot be read, a row is not JSON in UTF-8 or lacks a field, or a split is unknown
+            or empty.
     """
     splits: dict[str, list[Labelled]] = {split: [] for split in SPLITS}
     for place, row in _rows(path, where):
-        for field in (text_field, label_field, split_field):
-            if not isinstance(row.get(field), str):
-                raise ArtifactError(f"{place}: has no text in field '{field}'{nearest(field, list(row))}")
-        if row[split_field] not in splits:
-            raise ArtifactError(f"{place}: split '{row[split_field]}' is none of {', '.join(SPLITS)}")
-        splits[row[split_field]].append(Labelled(row[text_field], row[label_field]))
+        text, label, split = (_text(place, row, field) for field in (text_field, label_field, split_field))
+        if split not in splits:
+            raise ArtifactError(f"{place}: split {split[:80]!r} is none of {', '.join(SPLITS)}")
+        splits[split].append(Labelled(text, label))
     empty = [split for split, rows in splits.items() if not rows]
     if empty:
         raise ArtifactError(f"{where}: {path}: no rows of split {' or '.join(empty)} in field '{split_field}'")
     return splits
 
 
-def _rows(path: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(path: str, where: str) -> Iterator[tuple[str, Row]]:
     """Yield (file:line, row)."""
-    if not Path(path).is_file():
-        raise ArtifactError(f"{where}: {path}: no such file; wanted labelled texts as JSONL")
-    with io.TextIOWrapper(open_decompressed(Path(path)), encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ArtifactError(f"{path}:{number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ArtifactError(f"{path}:{number}: wanted a JSON object, found {type(row).__name__}")
-            yield f"{path}:{number}", row
+    try:
+        file = regular_file(expand_user(path))
+    except ArtifactError as error:
+        raise ArtifactError(f"{where}: {error}; wanted labelled texts as JSONL") from None
+    number = 0
+    try:
+        with open_raw(file) as lines:
+            for number, line in enumerate(lines, 1):
+                row = parse_json(f"{path}:{number}", line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line)
+                if isinstance(row, Reject):
+                    raise ArtifactError(f"{row.id}: wanted a JSON object in UTF-8 a line; {row.detail}")
+                yield f"{path}:{number}", row
+    except OSError as error:
+        raise ArtifactError(f"{path}:{number + 1}: cannot be read ({error}); fetch it again") from None
+
+
+def _text(place: str, row: Row, field: str) -> str:
+    """Return a field that must be text."""
+    value = row.get(field)
+    if not isinstance(value, str):
+        shown = f" ({json.dumps(value)[:40]})" if isinstance(value, int | float) else ""
+        wanted = ", wanted text" if field in row else ""
+        raise ArtifactError(f"{place}: {describe_problem(field, row)}{shown}{wanted}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise ArtifactError(
+            f"{place}: field '{field}' has half of a surrogate pair ({half}), which UTF-8 cannot hold; mend it"
+        ) from None
+    return value

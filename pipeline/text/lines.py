@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from pipeline.errors import ArtifactError
 from pipeline.text.arrow import open_decompressed
+from pipeline.text.sources import reading
 
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -71,7 +72,7 @@ def runs(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 def read_lines(span: Span) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, line without its end) for every line that starts in `span`; blank lines are left out."""
-    with _open(span.path) as stream:
+    with open_raw(span.path) as stream:
         for offset, line in _lines_from(stream, span.start):
             if span.stop is not None and offset >= span.stop:
                 return
@@ -81,7 +82,7 @@ def read_lines(span: Span) -> Iterator[tuple[int, bytes]]:
 
 def read_paragraphs(span: Span) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, paragraph) for every paragraph that starts in `span`; blank lines end paragraphs."""
-    with _open(span.path) as stream:
+    with open_raw(span.path) as stream:
         begun_before = not _follows_blank(stream, span.start)
         block: list[bytes] = []
         begin = 0
@@ -102,15 +103,20 @@ def read_paragraphs(span: Span) -> Iterator[tuple[int, bytes]]:
 
 def read_whole(span: Span) -> Iterator[tuple[int, bytes]]:
     """Yield (0, the file's bytes without a byte order mark), cut off just above `MAX_DOCUMENT_BYTES`."""
-    with _open(span.path) as stream:
+    with open_raw(span.path) as stream:
         yield 0, stream.read(MAX_DOCUMENT_BYTES + 4).removeprefix(BYTE_ORDER_MARK)
 
 
-def _open(path: Path) -> BinaryIO:
-    """Open a file of bytes, decompressed; damage to a compressed file comes out as an ArtifactError."""
-    if path.suffix in COMPRESSED:
-        return io.BufferedReader(Decompressed(path), 1 << 20)
-    return open(path, "rb", buffering=1 << 20)
+def open_raw(path: Path) -> BinaryIO:
+    """Open a file of bytes, decompressed.
+
+    Raises:
+        ArtifactError: If it cannot be opened; while reading, if it is compressed and damaged.
+    """
+    with reading(str(path)):
+        if path.suffix in COMPRESSED:
+            return io.BufferedReader(Decompressed(path), 1 << 20)
+        return open(path, "rb", buffering=1 << 20)
 
 
 class Decompressed(io.RawIOBase):
@@ -131,7 +137,7 @@ class Decompressed(io.RawIOBase):
         """Fill `buffer`; return how many bytes there were."""
         try:
             data = self.stream.read(len(buffer))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ArtifactError(f"{self.path}: damaged, cannot be decompressed ({error}); fetch it again") from None
         buffer[: len(data)] = data
         return len(data)

@@ -82,8 +82,8 @@ class SequenceLoader:
         self.num_sequences = (stream.num_tokens - 1) // seq_len
         if self.num_sequences < 1:
             raise ArtifactError(
-                f"the training documents have {stream.num_tokens} tokens, fewer than one sequence of {seq_len} and "
-                "its last label; use more text or a smaller seq_len"
+                f"seq_len: the {stream.num_documents} training documents have {stream.num_tokens} tokens, fewer than "
+                f"one sequence of {seq_len} and its last label; use more text, a smaller seq_len or validation_fraction"
             )
 
     def rows(self, step: int) -> Tokens:

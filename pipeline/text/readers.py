@@ -5,6 +5,7 @@ time. A row that cannot be used is a reject with a reason, never a crash.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,7 @@ from pipeline.text.rows import (
     decode_utf8,
     parse_json,
 )
+from pipeline.text.sources import expand_user
 
 Cut = Literal["file", "paragraph", "line"]
 
@@ -121,7 +123,7 @@ class Datasets(RowReader):
         """Cut a saved dataset into runs of rows; a builder's file is one span."""
         if self.builder is not None:
             return super().spans(path)
-        return [span for name, folder in self._splits(Path(path).expanduser()) for span in self.cut(name, folder)]
+        return [span for name, folder in self._splits(expand_user(path)) for span in self.cut(name, folder)]
 
     def cut(self, name: str, file: Path) -> list[Span]:
         """Cut one split, or take one file whole."""
@@ -144,7 +146,7 @@ class Datasets(RowReader):
         index = place / "dataset_dict.json"
         if not index.exists():
             return [("dataset", place)]
-        splits = json.loads(index.read_text("utf-8"))["splits"]
+        splits = _split_names(index)
         if self.split is not None and self.split not in splits:
             raise ArtifactError(f"{place}: has no split '{self.split}'; there is {', '.join(splits)}")
         return [(name, place / name) for name in splits if self.split in (None, name)]
@@ -178,7 +180,7 @@ class Auto(FieldReader):
 
     def spans(self, path: str) -> list[Span]:
         """Cut all that `path` names."""
-        place = Path(path).expanduser()
+        place = expand_user(path)
         return self._reader(place).spans(path) if is_saved_dataset(place) else super().spans(path)
 
     def cut(self, name: str, file: Path) -> list[Span]:
@@ -225,13 +227,35 @@ AnyReader = Annotated[Auto | Jsonl | Text | Parquet | Arrow | Datasets, Field(di
 
 def is_saved_dataset(place: Path) -> bool:
     """Return whether `place` is a directory made by `save_to_disk`."""
-    return (place / "dataset_dict.json").is_file() or (place / "dataset_info.json").is_file()
+    indexes = (place / "dataset_dict.json", place / "dataset_info.json")
+    return any(map(os.path.isfile, indexes))  # Path.is_file would raise for a path that cannot be looked up
+
+
+def _split_names(index: Path) -> list[str]:
+    """Return the splits that a `dataset_dict.json` names."""
+    try:
+        splits = json.loads(index.read_text("utf-8"))["splits"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
+        problem = f"found {type(error).__name__}: {error}"
+    else:
+        if isinstance(splits, list) and splits and all(isinstance(name, str) for name in splits):
+            return splits
+        problem = f"found splits = {json.dumps(splits)[:80]}"
+    raise ArtifactError(f'{index}: damaged; wanted {{"splits": ["train"]}} or the like, {problem}; save it again')
 
 
 def _load_saved(place: Path) -> Any:
+    """Open a split, which `datasets` reads from files that may hold anything."""
     import datasets
 
-    return datasets.load_from_disk(str(place))
+    try:
+        return datasets.load_from_disk(str(place))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        problem = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ArtifactError(
+            f"{place}: wanted what save_to_disk makes, but it cannot be opened ({problem}); save it again, or name "
+            f"the files to read by a pattern such as '{place}/*.jsonl'"
+        ) from None
 
 
 def _numbered(first: int, batches: Iterable[Any]) -> Iterator[tuple[int, Row]]:

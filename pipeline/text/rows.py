@@ -1,6 +1,7 @@
 """What all readers share: rows of raw data become documents, or rejects that say what was wrong with them."""
 
 import json
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -56,7 +57,7 @@ class FieldReader(Reader):
         text_field: Field that holds the text.
         id_field: Field that names a document; null names it by its file and its place there.
         source_field: Field that holds the origin of a document, instead of `source`.
-        meta_fields: Fields to keep beside the text, as JSON.
+        meta_fields: Fields to keep beside the text, as JSON; it has no numbers that are not finite, they become null.
         where: Keep only rows whose fields have these values; the others count as `skipped.where`.
     """
 
@@ -92,7 +93,14 @@ class RowReader(FieldReader):
     def read(self, span: Span) -> Iterator[Outcome]:
         """Yield a document, a reject or null for every row."""
         for place, row in self.rows(span):
-            yield row if isinstance(row, Reject) else self._outcome(span, f"{span.name}:{place}", row)
+            if isinstance(row, Reject):
+                yield row
+                continue
+            identity = f"{span.name}:{place}"
+            try:
+                yield self._outcome(span, identity, row)
+            except RecursionError:
+                yield Reject(identity, "bad_json", "nested too deeply to be written as JSON again")
 
     def _outcome(self, span: Span, place: str, row: Row) -> Outcome:
         if any(as_text(row.get(name)) != wanted for name, wanted in self.where.items()):
@@ -107,7 +115,7 @@ class RowReader(FieldReader):
             return Reject(place, "no_text", describe_problem(self.text_field, row))
         origin = self.source or as_text(row.get(self.source_field or "")) or span.stem
         meta = {name: row.get(name) for name in self.meta_fields}
-        document = Document(identity, text, origin, json.dumps(meta, ensure_ascii=False, default=str))
+        document = Document(identity, text, origin, _strict_json(meta))
         return check_document(document, place)
 
 
@@ -151,6 +159,23 @@ def as_text(value: Any) -> str | None:
     if value is None or isinstance(value, str | bytes):
         return value if isinstance(value, str) else None
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _strict_json(meta: Row) -> str:
+    """Return `meta` as JSON that any parser reads."""
+    try:
+        return json.dumps(meta, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(meta), ensure_ascii=False, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with null for NaN and the infinities, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def describe_problem(name: str, row: Row) -> str:

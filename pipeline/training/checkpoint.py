@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import FileRecord, fsync, record_file, write_json
-from pipeline.errors import PipelineError, TrainingError
+from pipeline.errors import ArtifactError, PipelineError, TrainingError
 from pipeline.settings import Settings, decode, encode
 
 NOTE = "checkpoint.json"
@@ -27,7 +27,11 @@ class CheckpointNote(Settings):
 
 
 def save_checkpoint(engine: Any, directory: Path, step: int, zero: int, keep: int) -> None:
-    """Save the state after `step` as `<directory>/step-00000123` and drop all but the newest `keep`."""
+    """Save the state after `step` as `<directory>/step-00000123` and drop all but the newest `keep`.
+
+    Raises:
+        ArtifactError: If it cannot be written.
+    """
     import deepspeed.comm as dist
 
     final = directory / f"step-{step:08d}"
@@ -36,12 +40,17 @@ def save_checkpoint(engine: Any, directory: Path, step: int, zero: int, keep: in
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(str(temporary), tag=STATE, save_latest=False)
+    try:
+        engine.save_checkpoint(str(temporary), tag=STATE, save_latest=False)
+    except (RuntimeError, OSError) as error:  # torch says what happened in no better way
+        free = shutil.disk_usage(directory).free
+        message = f"{temporary}: could not be written ({str(error).splitlines()[0]}), with {free / 1e6:,.1f} MB free"
+        raise ArtifactError(f"{message}; make room and run the same command again") from error
     dist.barrier()
     if dist.get_rank() == 0:
         _complete(temporary, final, step, zero)
         for old in checkpoints(directory)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
     dist.barrier()
 
 
@@ -54,6 +63,8 @@ def load_checkpoint(engine: Any, directory: Path, zero: int, log: Any) -> int:
     import deepspeed.comm as dist
 
     if dist.get_rank() == 0:
+        for unfinished in directory.glob("step-*.tmp"):
+            shutil.rmtree(unfinished)
         _set_damaged_aside(directory, log)
     dist.barrier()
     found = checkpoints(directory)
@@ -89,6 +100,13 @@ def _complete(temporary: Path, final: Path, step: int, zero: int) -> None:
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     fsync(final.parent)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a kill in the middle leaves none that looks whole."""
+    unwanted = checkpoint.with_name(checkpoint.name + ".tmp")
+    checkpoint.rename(unwanted)
+    shutil.rmtree(unwanted)
 
 
 def _set_damaged_aside(directory: Path, log: Any) -> None:

@@ -106,7 +106,7 @@ def train(ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee)
         numbers, stop = _do_step(ctx, mpu, recipe, trainee, engine, shape, step)
         last = step == recipe.steps
         if last or (recipe.validate_every_steps and step % recipe.validate_every_steps == 0):
-            trained.validation = trainee.validate(engine.module)
+            trained.validation = _validate(ctx, trainee, engine, step)
             numbers |= trained.validation
         _log(ctx, trainee, step, numbers)
         progress.advance(1, f"loss {numbers['loss']:.3f}  {numbers['tokens_per_s']:,.0f} tokens/s")
@@ -116,7 +116,7 @@ def train(ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee)
             raise Preempted(f"{ctx.task}: stopped after step {step} of {recipe.steps}, state saved")
     progress.close()
     if start == recipe.steps:  # an earlier try did all steps but was ended before the end
-        trained.validation = trainee.validate(engine.module)
+        trained.validation = _validate(ctx, trainee, engine, start)
     return trained
 
 
@@ -139,11 +139,7 @@ def _do_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = _rate(recipe, step)
     loss, stop = _reduce(_optimize(engine, batch), ctx.should_stop(), mpu)
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"{ctx.task}: the loss of step {step} is {loss}; the checkpoints before it stay in "
-            f"{trainee.checkpoints}; a lower optimizer.lr or a clip_norm often helps"
-        )
+    _check_finite(ctx, trainee, step, {"loss": loss})
     seconds = time.perf_counter() - began
     return {
         "loss": loss,
@@ -152,6 +148,21 @@ def _do_step(
         "tokens_per_s": batch.tokens / seconds,
         "data_wait_fraction": waited_s / seconds,
     }, stop
+
+
+def _validate(ctx: Context, trainee: Trainee, engine: Any, step: int) -> Mapping[str, float]:
+    numbers = trainee.validate(engine.module)
+    _check_finite(ctx, trainee, step, numbers)
+    return numbers
+
+
+def _check_finite(ctx: Context, trainee: Trainee, step: int, numbers: Mapping[str, float]) -> None:
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{ctx.task}: the {trainee.prefix}{name} of step {step} is {value}; the checkpoints before it stay in "
+                f"{trainee.checkpoints}; a lower optimizer.lr or a clip_norm often helps"
+            )
 
 
 def _optimize(engine: Any, batch: Batch) -> "torch.Tensor":
@@ -193,7 +204,7 @@ def _seed(seed: int, step: int, rank: int) -> None:
     """Make dropout a function of (seed, step, rank): nothing to save, and the same after a resume."""
     import torch
 
-    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)
 
 
 def _log(ctx: Context, trainee: Trainee, step: int, numbers: Mapping[str, float]) -> None:

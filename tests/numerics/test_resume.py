@@ -174,3 +174,33 @@ def test_bf16_learns(pretrain, tmp_path):
         *pretrain("x", "stage.precision=bf16", "stage.steps=12", "stage.optimizer.lr=1e-2", "run.parallel.zero=2")
     )
     assert losses(tmp_path, "x")[-1] < losses(tmp_path, "x")[0]
+
+
+def test_a_model_that_diverges_in_its_last_step_is_not_published(pretrain, tmp_path):
+    done = run_pipeline(
+        *pretrain("x", "stage.steps=1", "stage.schedule={kind: cosine, warmup_fraction: 0}", "stage.optimizer.lr=1e38"),
+        "stage.optimizer.weight_decay=1e10",
+        status=5,
+    )
+    assert "the validation_loss of step 1 is nan" in done.stderr
+    assert not (made(tmp_path, "x") / "manifest.json").exists()
+
+
+def test_a_seed_may_be_a_date(pretrain, tmp_path):
+    run_pipeline(*pretrain("x", "stage.steps=1", "stage.seed=20261122"))
+
+
+def test_what_a_killed_save_left_is_cleared(pretrain, tmp_path):
+    process = start(pretrain("x", "run.checkpoint_every_steps=2", "stage.steps=400"))
+    wait_for_step(tmp_path, "x", 5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    checkpoints = made(tmp_path, "x") / "checkpoints"
+    (checkpoints / "step-00000001.tmp").mkdir()
+    process = start(pretrain("x", "run.checkpoint_every_steps=2", "stage.steps=400"))
+    wait_for_step(tmp_path, "x", 9)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert len(names) == 2
+    assert all(name.removeprefix("step-").isdigit() for name in names)

@@ -1,0 +1,83 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from pipeline.env import StopRequest, read_ranks
+from pipeline.errors import Interrupted, Preempted
+
+
+def test_a_stop_is_remembered_and_handed_on():
+    handed = []
+    stop = StopRequest()
+    stop.hand_on = lambda: handed.append(len(stop.came))
+    before = signal.getsignal(signal.SIGUSR2)
+    with stop.listening(signal.SIGUSR2, signal.SIGINT):
+        assert not stop
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop
+    assert stop.came == [signal.SIGUSR2, signal.SIGINT]
+    assert handed == [1, 2]
+    assert signal.getsignal(signal.SIGUSR2) == before
+
+
+def test_the_first_signal_gives_the_exit_status():
+    stop = StopRequest()
+    stop.came = [signal.SIGINT, signal.SIGTERM]
+    assert isinstance(stop.error("x"), Interrupted)
+    stop.came = [signal.SIGTERM, signal.SIGINT]
+    assert type(stop.error("x")) is Preempted
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        with stop.listening(signal.SIGHUP):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_ranks_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    ranks = read_ranks()
+    assert (ranks.rank, ranks.world_size, ranks.local_rank) == (3, 4, 3)
+
+
+def test_a_rank_dies_with_its_launcher_even_where_orphans_are_adopted():
+    """Under a subreaper (as slurmstepd is one) an orphan's parent is not process 1."""
+    rank = "import time; from pipeline.env import die_with_parent; time.sleep(0.5); die_with_parent(); time.sleep(60)"
+    launcher = (
+        "import os, subprocess, sys, time; os.environ['PIPELINE_LAUNCHER'] = str(os.getpid()); "
+        f"child = subprocess.Popen([sys.executable, '-c', {rank!r}]); "
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    reaper = (
+        "import ctypes, subprocess, sys, time; ctypes.CDLL(None).prctl(36, 1); "  # PR_SET_CHILD_SUBREAPER
+        f"launcher = subprocess.Popen([sys.executable, '-c', {launcher!r}], stdout=subprocess.PIPE, text=True); "
+        "print(launcher.stdout.readline().strip(), flush=True); launcher.kill(); launcher.wait(); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", reaper], stdout=subprocess.PIPE, text=True)
+    try:
+        orphan = int(process.stdout.readline())
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and _runs(orphan):
+            time.sleep(0.05)
+        assert not _runs(orphan)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
