@@ -144,7 +144,9 @@ def _check(
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens: wanted at least 1, found {max_new_tokens}")
     if temperature is not None and not 0 < temperature < math.inf:
-        problems.append(f"temperature: wanted a number more than 0, or null for the likeliest id, found {temperature}")
+        problems.append(
+            f"temperature: wanted more than 0 and finite, or null for the likeliest id, found {temperature}"
+        )
     if temperature is None and (top_k is not None or top_p is not None):
         problems.append("temperature: null takes the likeliest id, so top_k and top_p must be null too")
     if top_k is not None and top_k < 1:

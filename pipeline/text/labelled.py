@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.errors import ArtifactError
 from pipeline.text.arrow import Reject
 from pipeline.text.lines import BYTE_ORDER_MARK, open_raw
 from pipeline.text.rows import Row, describe_problem, parse_json
-from pipeline.text.sources import expand_user, regular_file
+from pipeline.text.sources import expand_user, reading, regular_file
 
 SPLITS = ("train", "valid", "test")
 
@@ -51,16 +52,23 @@ def _rows(path: str, where: str) -> Iterator[tuple[str, Row]]:
         file = regular_file(expand_user(path))
     except ArtifactError as error:
         raise ArtifactError(f"{where}: {error}; wanted labelled texts as JSONL") from None
+    for number, line in _lines(file):
+        row = parse_json(f"{path}:{number}", line)
+        if isinstance(row, Reject):
+            raise ArtifactError(f"{row.id}: not a JSON object in UTF-8 ({row.detail}); wanted one on each line")
+        yield f"{path}:{number}", row
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number, line without its end)."""
     number = 0
     try:
-        with open_raw(file) as lines:
+        with reading(str(file)), open_raw(file) as lines:
             for number, line in enumerate(lines, 1):
-                row = parse_json(f"{path}:{number}", line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line)
-                if isinstance(row, Reject):
-                    raise ArtifactError(f"{row.id}: wanted a JSON object in UTF-8 a line; {row.detail}")
-                yield f"{path}:{number}", row
-    except OSError as error:
-        raise ArtifactError(f"{path}:{number + 1}: cannot be read ({error}); fetch it again") from None
+                yield number, line.removeprefix(BYTE_ORDER_MARK if number == 1 else b"").rstrip(b"\r\n")
+    except ArtifactError as error:
+        problem = str(error).removeprefix(f"{file}: ")
+        raise ArtifactError(f"{file}:{number + 1}: {problem}") from None
 
 
 def _text(place: str, row: Row, field: str) -> str:

@@ -96,11 +96,12 @@ class RowReader(FieldReader):
             if isinstance(row, Reject):
                 yield row
                 continue
-            identity = f"{span.name}:{place}"
+            named = f"{span.name}:{place}"
             try:
-                yield self._outcome(span, identity, row)
+                outcome = self._outcome(span, named, row)
             except RecursionError:
-                yield Reject(identity, "bad_json", "nested too deeply to be written as JSON again")
+                outcome = Reject(named, "bad_json", "a field is nested too deeply to be written as JSON again")
+            yield outcome
 
     def _outcome(self, span: Span, place: str, row: Row) -> Outcome:
         if any(as_text(row.get(name)) != wanted for name, wanted in self.where.items()):

@@ -69,9 +69,13 @@ def regular_file(file: Path) -> Path:
         ArtifactError: If it is not, such as a named pipe, which would never end, or a link that leads nowhere.
     """
     with reading(str(file)):
-        if file.is_symlink() and _is_missing(file.parent / file.readlink()):
-            raise ArtifactError(f"{file}: a link to '{file.readlink()}', which is not there; mend it or remove it")
-        mode = file.stat().st_mode
+        try:
+            mode = file.stat().st_mode
+        except FileNotFoundError:
+            if not file.is_symlink():
+                raise
+            to = file.readlink()
+            raise ArtifactError(f"{file}: a link to '{to}', which leads to nothing; mend it or remove it") from None
     if not stat.S_ISREG(mode):
         kind = KINDS.get(stat.S_IFMT(mode), "a device")
         raise ArtifactError(f"{file}: not a regular file but {kind}; remove it, or name other files")

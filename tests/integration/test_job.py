@@ -39,9 +39,9 @@ def test_a_second_run_executes_nothing_and_loads_no_torch(root):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
     done = run_pipeline("job=tiny", f"root={root}", PYTHONPROFILEIMPORTTIME="1")
     assert done.stdout.count("done before") == len(TASKS)
-    assert "| pydantic" in done.stderr  # the profile of imports is there
-    for library in ("torch", "deepspeed", "pyarrow", "numpy", "transformers", "datasets", "wandb"):
-        assert f" {library}\n" not in done.stderr
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "pydantic" in imported
+    assert not imported & {"torch", "deepspeed", "pyarrow", "numpy", "transformers", "datasets", "tokenizers", "wandb"}
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()} == before
 
 

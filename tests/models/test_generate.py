@@ -65,6 +65,13 @@ def test_what_is_drawn_depends_on_seed_and_row_alone():
     assert same_prompt[0] != same_prompt[1]
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-42, 1e-37, 1e-30, 1e-9])
+@pytest.mark.parametrize("limits", [{}, {"top_k": 5}, {"top_p": 0.9}])
+def test_the_lowest_temperatures_take_the_likeliest_id(temperature, limits):
+    model = make()
+    assert generate(model, PROMPTS, 8, temperature=temperature, **limits) == generate(model, PROMPTS, 8)
+
+
 def test_a_row_ends_where_the_context_ends():
     model = make()
     prompts = [[1] * 23, [2] * 3, [3] * 20]
@@ -120,7 +127,9 @@ def test_only_the_likeliest_can_be_drawn(top_k, top_p, possible):
         ({"prompts": [[1], []]}, "prompts.1: empty; begin with at least one id"),
         ({"prompts": [[1] * 24]}, "prompts.0: 24 ids leave no room in the model's 24 positions; shorten it"),
         ({"max_new_tokens": 0}, "max_new_tokens: wanted at least 1, found 0"),
-        ({"temperature": 0.0}, "temperature: wanted more than 0, or null for the likeliest id, found 0.0"),
+        ({"temperature": 0.0}, "temperature: wanted more than 0 and finite, or null for the likeliest id, found 0.0"),
+        ({"temperature": float("nan")}, "temperature: wanted more than 0 and finite, or null .*, found nan"),
+        ({"temperature": float("inf")}, "temperature: wanted more than 0 and finite, or null .*, found inf"),
         (
             {"temperature": None, "top_k": 3},
             "temperature: null takes the likeliest id, so top_k and top_p must be null",

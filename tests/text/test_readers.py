@@ -148,6 +148,38 @@ def test_fields_become_id_source_and_meta(jsonl):
     assert read(reader, jsonl)[4] == Document("r4", "text 4 é漢", "de", '{"n": 4, "gone": null}')
 
 
+def test_meta_is_json_that_strict_parsers_read(tmp_path):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "n": NaN, "deep": {"x": [1.5, -Infinity, {"y": 1e999}], "s": "NaN"}}\n')
+    [document] = read(Jsonl(meta_fields=["n", "deep"]), path)
+    deep = {"x": [1.5, None, {"y": None}], "s": "NaN"}
+    assert json.loads(document.meta, parse_constant=refuse) == {"n": None, "deep": deep}
+    table = pa.table({"text": ["a"], "n": [float("nan")], "deep": [[1.0, float("inf")]]})
+    [document] = read(Parquet(meta_fields=["n", "deep"]), write_parquet(tmp_path / "a.parquet", table))
+    assert json.loads(document.meta, parse_constant=refuse) == {"n": None, "deep": [1.0, None]}
+
+
+def test_fields_nested_at_any_depth_are_documents_or_rejects(tmp_path):
+    depths = range(100, 3000, 50)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "a", "n": {"[" * n}NaN{"]" * n}}}\n' for n in depths))
+    found = read(Jsonl(meta_fields=["n"]), path)
+    assert len(found) == len(depths)
+    assert isinstance(found[0], Document)
+    details = [reject.detail for reject in found if isinstance(reject, Reject) and reject.reason == "bad_json"]
+    assert "a field is nested too deeply to be written as JSON again" in details
+
+
+def test_a_file_that_is_gone_when_it_is_read_is_an_error(jsonl):
+    spans = Jsonl().spans(str(jsonl))
+    jsonl.unlink()
+    with pytest.raises(ArtifactError, match=r"a\.jsonl: no such file or directory; wanted"):
+        list(Jsonl().read(spans[0]))
+
+
 def test_a_numeric_id_is_fine_and_a_missing_one_is_a_reject(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "id": 7}, {"text": "b"}, {"text": "c", "id": ""}])
     seven, missing, empty = read(Jsonl(id_field="id"), path)
@@ -306,6 +338,59 @@ def test_a_directory_that_was_not_saved_needs_a_builder(tmp_path):
         ArtifactError, match="not a directory made by save_to_disk; for files, say which reader.builder"
     ):
         read(Datasets(), tmp_path)
+
+
+@pytest.mark.parametrize("reader", [Datasets(), Auto()])
+def test_a_saved_dataset_that_lacks_its_rows_is_an_error(tmp_path, reader):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"wanted what save_to_disk makes, but it cannot .* by a pattern such as"):
+        reader.spans(str(tmp_path))
+    for state in ("{", "{}", "[]", "null", '{"_data_files": 3}'):
+        (tmp_path / "state.json").write_text(state)
+        with pytest.raises(ArtifactError, match=r"wanted what save_to_disk makes, but it cannot be opened"):
+            reader.spans(str(tmp_path))
+
+
+@pytest.mark.parametrize("reader", [Datasets(), Auto()])
+def test_a_saved_dataset_that_was_cut_off_is_an_error(tmp_path, reader):
+    write_saved(tmp_path / "saved", pa.Table.from_pylist(ROWS))
+    [arrow] = (tmp_path / "saved").glob("*.arrow")
+    whole = arrow.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"garbage" * 50):
+        arrow.write_bytes(content)
+        with pytest.raises(ArtifactError, match=r"saved: wanted what save_to_disk makes, but it cannot be opened"):
+            reader.spans(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("reader", [Datasets(), Auto()])
+def test_a_split_that_is_not_there_is_an_error(tmp_path, reader):
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(ArtifactError, match=r"/train: wanted what save_to_disk makes, .*FileNotFoundError: .*save it"):
+        reader.spans(str(tmp_path))
+
+
+@pytest.mark.parametrize("reader", [Datasets(), Auto()])
+@pytest.mark.parametrize(
+    "index", [b"", b"{", b"[]", b"{}", b"null", b'{"splits": "train"}', b'{"splits": [1]}', b"[" * 10_000, b"\xff"]
+)
+def test_a_damaged_list_of_splits_is_an_error(tmp_path, reader, index):
+    (tmp_path / "dataset_dict.json").write_bytes(index)
+    with pytest.raises(
+        ArtifactError, match=r"dataset_dict\.json: damaged; wanted .*, found .*; save it again"
+    ) as error:
+        reader.spans(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("reader", [Datasets(), Auto(), Jsonl()])
+def test_the_home_of_a_user_that_does_not_exist_is_an_error(reader):
+    with pytest.raises(ArtifactError, match=r"~no-such-user/x: could not determine home directory"):
+        reader.spans("~no-such-user/x")
+
+
+def test_a_path_too_long_is_an_error():
+    with pytest.raises(ArtifactError, match=r"file name too long"):
+        Auto().spans("/tmp/" + "x" * 300)
 
 
 # --- auto ---

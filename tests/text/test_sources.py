@@ -1,11 +1,14 @@
+import errno
 import gzip
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import ArtifactError
-from pipeline.text.sources import identify, list_files
+from pipeline.text.sources import identify, list_files, regular_file
 
 
 @pytest.fixture
@@ -108,3 +111,92 @@ def test_compressed_files_are_files_like_others(tmp_path):
     with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
         file.write(b"{}\n")
     assert names(tmp_path) == ["a.jsonl.gz"]
+
+
+# --- what cannot be read: tests may run as root, who may read all, so the system's refusal is made up ---
+
+
+def refuse(monkeypatch, module, function, refused):
+    """Let `function` say that there is no permission for the path `refused`."""
+    real = getattr(module, function)
+
+    def maybe(path, *args, **kwargs):
+        if os.fspath(path) == str(refused):
+            raise PermissionError(errno.EACCES, "Permission denied", str(refused))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(module, function, maybe)
+
+
+def error_of(call, path) -> str:
+    with pytest.raises(ArtifactError) as caught:
+        call(str(path))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.jsonl", "*/*.jsonl", "*/deep/*.txt", "a/*/*"])
+def test_a_folder_without_permission_is_never_left_out(tree, monkeypatch, pattern):
+    folder = tree / "a" / "deep" if "deep" in pattern or pattern == "a/*/*" else tree / "a"
+    refuse(monkeypatch, os, "scandir", folder)
+    found = error_of(list_files, tree / pattern)
+    assert found == f"{folder}: permission denied; wanted what can be read; mend that, or name other files"
+
+
+def test_a_file_without_permission_is_named(tree, monkeypatch):
+    refuse(monkeypatch, __import__("builtins"), "open", tree / "b.jsonl")
+    assert error_of(identify, tree).startswith(f"{tree / 'b.jsonl'}: permission denied; wanted")
+
+
+@pytest.mark.parametrize("function", [list_files, identify])
+@pytest.mark.parametrize("pattern", ["", "*", "**", "odd"])
+def test_a_named_pipe_is_refused_not_waited_for(tmp_path, function, pattern):
+    os.mkfifo(tmp_path / "odd")
+    assert error_of(function, tmp_path / pattern) == (
+        f"{tmp_path / 'odd'}: not a regular file but a named pipe; remove it, or name other files"
+    )
+
+
+def test_sockets_devices_and_directories_are_no_regular_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("odd")
+        assert "not a regular file but a socket" in error_of(list_files, tmp_path)
+    assert "/dev/null: not a regular file but a device" in error_of(identify, "/dev/null")
+    assert "not a regular file but a directory" in error_of(lambda path: regular_file(Path(path)), tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["", "*.txt", "odd.txt"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, pattern):
+    (tmp_path / "a.txt").write_text("x")
+    link = tmp_path / "odd.txt"
+    link.symlink_to("gone.txt")
+    assert error_of(list_files, tmp_path / pattern) == (
+        f"{link}: a link to 'gone.txt', which leads to nothing; mend it or remove it"
+    )
+    link.unlink()
+    link.symlink_to(link)
+    assert error_of(list_files, tmp_path / pattern).startswith(f"{link}: too many levels of symbolic links; wanted")
+
+
+@pytest.mark.parametrize("function", [list_files, identify])
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("/tmp/" + "x" * 300, "file name too long; wanted"),
+        ("/tmp/" + "x/" * 3000, "file name too long; wanted"),
+        ("~no-such-user/x", "could not determine home directory; wanted"),
+        ("~no-such-user/*.txt", "could not determine home directory; wanted"),
+        ("/tmp/a\0b", "embedded null byte; wanted"),
+    ],
+)
+def test_a_path_that_cannot_be_is_an_error(function, path, problem):
+    assert problem in error_of(function, path)
+
+
+def test_a_missing_file_in_a_directory_that_cannot_be_listed(tmp_path, monkeypatch):
+    def deny(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", deny)
+    assert error_of(list_files, tmp_path / "x").endswith("x: no such file or directory; wanted raw text files")
