@@ -24,8 +24,9 @@ def main() -> None:
 
 def act(data: dict[str, Any], job: str | None) -> int:
     """Plan one composed command and run it; return its exit status."""
+    from pipeline.execute import execute
     from pipeline.operate import print_end, print_plan, print_task
-    from pipeline.plan import Command, execute, plan
+    from pipeline.plan import Command, plan
     from pipeline.settings import decode
 
     try:

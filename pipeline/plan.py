@@ -1,11 +1,7 @@
-"""A job made concrete: checked, ordered tasks with fingerprints and directories, and their execution in that order."""
+"""A job made concrete: checked, ordered tasks with fingerprints, directories, and why each must run."""
 
 import json
-import os
-import shutil
-import signal
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -13,17 +9,15 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.artifact import MANIFEST, WORK, Artifact, open_artifact, read_manifest, write_json
-from pipeline.env import STOP_SIGNALS, StopRequest
+from pipeline.artifact import MANIFEST, WORK, Artifact, open_artifact, read_manifest
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.launch import AnyRun
-from pipeline.launch.local import Local, launch, locked
+from pipeline.launch.local import Local
 from pipeline.settings import Input, Settings, Source, decode, encode, fingerprint, marked, nearest
-from pipeline.stage import SCRATCH, Stage, TaskName
+from pipeline.stage import Stage, TaskName
 from pipeline.stages import AnyStage
 from pipeline.text.sources import identify
 from pipeline.track import AnyTracker, Jsonl
-from pipeline.worker import FrozenTask, publish
 
 
 class Command(Settings):
@@ -101,27 +95,6 @@ def plan(command: Command, job: str | None) -> list[Task]:
     return ordered
 
 
-def execute(tasks: list[Task], command: Command, job: str | None, report: Callable[[Task], None]) -> None:
-    """Run what is not done, in order, and lead `<root>/jobs/<job>/<task>` to each artifact.
-
-    Args:
-        report: Called with every task that was run, when it has ended well.
-
-    Raises:
-        PipelineError: The first failure; the artifacts of the tasks before it stay.
-        Preempted: If a signal asked for a stop; what is done stays.
-    """
-    with StopRequest().listening(*STOP_SIGNALS, signal.SIGHUP, signal.SIGINT) as stop:
-        for task in tasks:
-            if task.done is None:
-                if stop:
-                    raise stop.error(f"stopped before {task.name}; the tasks before it are done")
-                task.done = _run(task, command, job, stop)
-                report(task)
-            if job is not None:
-                _link(Path(command.root) / "jobs" / job / task.name, task.done.path)
-
-
 def _connect(tasks: Mapping[str, Task]) -> None:
     """Tell references to tasks from paths, and refuse references that cannot be."""
     problems = []
@@ -191,7 +164,7 @@ def _place(task: Task, tasks: Mapping[str, Task], outside: Mapping[str, Artifact
     """Give a task its fingerprint, directory and state."""
     identities: dict[str, Any] = {name: artifact.manifest.fingerprint for name, artifact in outside.items()}
     identities |= {name: tasks[other].fingerprint for name, other in task.needs.items()}
-    task.sources = _identify_sources(task.stage)
+    task.sources = identify_sources(task.stage)
     settings = encode(task.stage)
     for name, identity in {**identities, **task.sources}.items():
         _put(settings, name, identity)
@@ -210,7 +183,8 @@ def _place(task: Task, tasks: Mapping[str, Task], outside: Mapping[str, Artifact
         task.why = _why(task, [other for other in task.needs.values() if tasks[other].done is None], link)
 
 
-def _identify_sources(stage: Stage) -> dict[str, Any]:
+def identify_sources(stage: Stage) -> dict[str, Any]:
+    """Return the identity of a stage's raw files, by the dotted path of the setting that names them."""
     return {name: identify(value) for name, _, value in marked(stage, Source)}
 
 
@@ -243,72 +217,3 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
         yield f"{path} {json.dumps(old)} → {json.dumps(new)}"
-
-
-def _run(task: Task, command: Command, job: str | None, stop: StopRequest) -> Artifact:
-    began = time.monotonic()
-    num_ranks = 1 if task.stage.ranks == "one" else command.run.ranks
-    _check_disk(task, command)
-    with locked(task.directory) as lock:
-        if not (task.directory / MANIFEST).exists():  # another run may have made it while this one waited
-            frozen = _freeze(task, command, job)
-            _check_sources(task)
-            launch(task.directory, num_ranks, command.run, lock, stop)
-            _check_sources(task)  # what was read is what the fingerprint says
-            publish(frozen, time.monotonic() - began, num_ranks)
-    return open_artifact(task.directory, task.stage.produces)
-
-
-def _check_sources(task: Task) -> None:
-    for name, identity in _identify_sources(task.stage).items():
-        if identity != task.sources[name]:
-            shutil.rmtree(task.directory / WORK / "units", ignore_errors=True)  # some may be of the old text
-            raise ArtifactError(f"{task.where}.{name}: its files changed while the job ran; run it again")
-
-
-def _freeze(task: Task, command: Command, job: str | None) -> FrozenTask:
-    """Write down the task for its ranks, and clear what a killed try left half-written."""
-    frozen = FrozenTask(
-        name=task.name,
-        job=job,
-        stage=task.stage,
-        inputs={name: str(path) for name, path in task.inputs.items()},
-        fingerprint=task.fingerprint,
-        directory=str(task.directory),
-        run=command.run,
-        tracker=command.tracker,
-    )
-    shutil.rmtree(task.directory / WORK / "ranks", ignore_errors=True)
-    for directory in ("units", "ranks"):
-        (task.directory / WORK / directory).mkdir(exist_ok=True)
-    shutil.rmtree(task.directory / WORK / SCRATCH, ignore_errors=True)
-    for path in task.directory.glob("*.tmp"):
-        path.unlink()
-    write_json(task.directory / WORK / "task.json", encode(frozen))
-    return frozen
-
-
-def _check_disk(task: Task, command: Command) -> None:
-    artifacts = [open_artifact(path) for path in task.inputs.values()]
-    input_bytes = sum(record.bytes for artifact in artifacts for record in artifact.manifest.files.values())
-    input_bytes += sum(int(size) for files in task.sources.values() for _, size, _ in files)
-    need = task.stage.disk_bytes(input_bytes, command.run)
-    root = Path(command.root)
-    root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(root).free
-    if need > free:
-        raise ArtifactError(
-            f"{task.where}: needs about {need / 1e6:,.3f} MB in {root}, which has {free / 1e6:,.3f} MB free; "
-            "make room or choose another root=DIR"
-        )
-
-
-def _link(link: Path, target: Path) -> None:
-    """Lead `link` to `target` in one step, whatever was there."""
-    relative = os.path.relpath(target, link.parent)
-    if link.is_symlink() and str(link.readlink()) == relative:
-        return
-    link.parent.mkdir(parents=True, exist_ok=True)
-    temporary = link.with_name(f"{link.name}.{os.getpid()}.tmp")
-    temporary.symlink_to(relative)
-    temporary.replace(link)

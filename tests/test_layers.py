@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "pipeline"
 
 LAYERS = [  # from the top; modules of one layer may import one another, but for the three neighbours
     {"__main__", "rank"},
-    {"compose", "operate", "plan", "worker"},
+    {"compose", "execute", "operate", "plan", "worker"},
     {"launch", "stages"},
     {"training", "report"},
     {"text", "models", "parallel"},
