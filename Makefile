@@ -25,18 +25,20 @@ fix: .venv/installed-dev ## mend what the linter can
 	$(BIN)/ruff format
 
 size: ## lines of code by folder
-	@for d in pipeline pipeline/* tests bench; do [ -d $$d ] && printf '%7d  %s\n' \
+	@for d in pipeline pipeline/* tests; do [ -d $$d ] && printf '%7d  %s\n' \
 		"$$(find $$d -name '*.py' -exec cat {} + | wc -l)" $$d; done; true
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable .
+	@echo "installing into .venv (about 1.6 GB, a minute or two)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable .
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
+	@echo "installing into .venv (about 1.6 GB, a minute or two)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
 	@touch $@ .venv/installed
 
 .PHONY: help quickstart test fast check fix size

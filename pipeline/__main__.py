@@ -4,6 +4,7 @@ import signal
 import sys
 from typing import Any
 
+import pipeline
 from pipeline.errors import ArtifactError, ConfigError, Interrupted, PipelineError, Preempted
 
 
@@ -12,6 +13,15 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR2):  # until a job runs, nothing can be lost
         signal.signal(number, lambda *_: sys.exit(Preempted.exit_status))
     try:
+        if sys.argv[1:] == ["--version"]:
+            print(pipeline.__version__)
+            return
+        stage = next((word.removeprefix("stage=") for word in sys.argv if word.startswith("stage=")), None)
+        if stage is not None and {"--help", "-h"} & set(sys.argv):
+            from pipeline.operate import print_settings
+
+            print_settings(stage)
+            return
         from pipeline.compose import compose
 
         status = compose(sys.argv[1:], act)
@@ -49,7 +59,10 @@ def _say(error: PipelineError) -> int:
     """Print an error and return its exit status."""
     problems = error.problems if isinstance(error, ConfigError) else (str(error),)
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        if isinstance(error, Preempted):
+            print(f"stopped: {problem}; run the same command to continue", file=sys.stderr)
+        else:
+            print(f"error: {problem}", file=sys.stderr)
     return error.exit_status
 
 

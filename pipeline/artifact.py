@@ -22,6 +22,9 @@ from pipeline.settings import Settings, decode, encode
 MANIFEST = "manifest.json"
 WORK = "work"
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 
 class FileRecord(Settings):
     """Size and checksum of one file of an artifact."""
@@ -171,6 +174,7 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
+        temporary.chmod(0o666 & ~UMASK)  # whatever a library chose
         fsync(temporary)
         temporary.replace(path)
         fsync(path.parent)

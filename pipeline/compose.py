@@ -6,13 +6,15 @@ Hydra's advice to add the key. Groups (`job=`, `stage=`, `run=`, `tracker=`, `mo
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -39,45 +41,70 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
         ConfigError: If Hydra cannot compose it.
     """
     statuses = [0]
-    problems: list[str] = []
-    crashes: list[Exception] = []
+    failures: list[Exception] = []
 
     def entry(config: DictConfig) -> None:
         if statuses[-1] in STOPPED:  # the rest of a sweep
             return
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            point = " ".join(HydraConfig.get().overrides.task).replace("++", "")
+            print(f"\n[{len(statuses)}] {point}", flush=True)
         try:
-            data = OmegaConf.to_container(config, resolve=True)
-        except OmegaConfBaseException as error:  # kept for later: Hydra would print it in its own way
-            problems.append(f"command line: {_in_one_line(error)}")
-            return
-        assert isinstance(data, dict)
-        job = HydraConfig.get().runtime.choices.get("job")
-        if "job" in data:
-            problems.append(f"jobs/{job}.yaml: its first line must be '# @package _global_'")
-            return
-        try:
-            statuses.append(act({str(key): value for key, value in data.items()}, job))
-        except Exception as error:  # ours, not Hydra's
-            crashes.append(error)
+            statuses.append(act(*_resolve(config)))
+        except Exception as error:  # kept for later: Hydra would print it in its own way
+            failures.append(error)
 
     OmegaConf.register_new_resolver("jobs", lambda path: str(CONF / "job" / path), replace=True)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as exceptions
-    sys.argv = ["pipeline", *_translate(arguments)]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(entry)()
+        with TemporaryDirectory() as scratch:
+            sys.argv = ["pipeline", *_translate(_find_job_files(arguments, Path(scratch)))]
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(entry)()
     except MissingConfigException as error:
-        problems.append(_explain_missing(error))
+        raise ConfigError(_explain_missing(error)) from None
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        problems.append(f"command line: {_in_one_line(error)}")
-    if crashes:
-        raise crashes[0]
-    if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(f"command line: {_in_one_line(error)}") from None
+    if failures:
+        raise failures[0]
     return max(statuses)
 
 
-def _translate(arguments: Sequence[str]) -> list[str]:
+def _resolve(config: DictConfig) -> tuple[dict[str, Any], str | None]:
+    """Return plain data with all interpolations done, and the name of the job."""
+    try:
+        data = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"command line: {_in_one_line(error)}") from None
+    assert isinstance(data, dict)
+    job = HydraConfig.get().runtime.choices.get("job")
+    if "job" in data:
+        raise ConfigError(f"jobs/{job}.yaml: its first line must be '# @package _global_'")
+    return {str(key): value for key, value in data.items()}, job
+
+
+def _find_job_files(arguments: Sequence[str], scratch: Path) -> Iterator[str]:
+    """Let `job=PATH.yaml` be a file anywhere: put it where Hydra looks for the group. Raises ConfigError."""
+    for argument in arguments:
+        group, _, name = argument.partition("=")
+        if group != "job" or not name.endswith((".yaml", ".yml")):
+            yield argument
+            continue
+        path = Path(name).expanduser().resolve()
+        if not path.is_file():
+            raise ConfigError(f"job: {name}: no such file")
+        shipped = CONF / "job" / f"{path.stem}.yaml"
+        if not shipped.exists():
+            (scratch / "job").mkdir()
+            (scratch / "job" / f"{path.stem}.yaml").symlink_to(path)
+            yield f"hydra.searchpath=[file://{scratch}]"
+        elif not shipped.samefile(path):
+            raise ConfigError(f"job: {name}: the pipeline brings a job of this name; give the file another")
+        yield f"job={path.stem}"
+
+
+def _translate(given: Iterable[str]) -> list[str]:
     """Turn a command line into Hydra's grammar: flags first, and keys that may be wrong with ++."""
+    arguments = list(given)
     keys = [a for a in arguments if a[:1] in ("+", "~") or ("=" in a and not a.startswith("-"))]
     flags = [a for a in arguments if a not in keys and a != "--plan"]
     return [*flags, *map(_translate_key, keys), *(["++plan=true"] if "--plan" in arguments else [])]
@@ -101,7 +128,8 @@ def _explain_missing(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
     if not group:
         return _in_one_line(error)
-    return f"{group}: no {group} is called '{name}'{nearest(name, list(error.options or ()))}"
+    hint = "; job=PATH.yaml takes a file" if group == "job" else ""
+    return f"{group}: no {group} is called '{name}'{nearest(name, list(error.options or ()))}{hint}"
 
 
 def _in_one_line(error: Exception) -> str:

@@ -31,7 +31,7 @@ def execute(tasks: list[Task], command: Command, job: str | None, report: Callab
         for task in tasks:
             if task.done is None:
                 if stop:
-                    raise stop.error(f"stopped before {task.name}; the tasks before it are done")
+                    raise stop.error(f"before {task.name}; the tasks before it are done")
                 task.done = _run(task, command, job, stop)
                 report(task)
             if job is not None:

@@ -1,12 +1,18 @@
-"""What a person sees of a job: the plan before it, the table after it."""
+"""What a person sees: the settings of a stage, the plan before a job, the table after it."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.errors import ConfigError
 from pipeline.plan import Command, Task
-from pipeline.stage import clock
+from pipeline.settings import nearest
+from pipeline.stage import Stage, clock
+from pipeline.stages import AnyStage
 
 
 def print_plan(tasks: list[Task], command: Command) -> None:
@@ -15,10 +21,50 @@ def print_plan(tasks: list[Task], command: Command) -> None:
     for task in tasks:
         ranks = 1 if task.stage.ranks == "one" else command.run.ranks
         where = "" if task.done else f"{command.run.kind}, {ranks} rank{'s' if ranks > 1 else ''}"
-        table.add_row(task.name, "done" if task.done else "to run", where, str(task.directory), task.why)
+        table.add_row(task.name, "done" if task.done else "to run", where, str(task.directory), _short(task.why))
     _print(table)
     waiting = sum(task.done is None for task in tasks)
     _print(f"{waiting} of {len(tasks)} tasks would run; nothing was started.")
+
+
+def print_settings(kind: str) -> None:
+    """Print every setting of a stage, with type and default, and of all that it holds.
+
+    Raises:
+        ConfigError: If there is no such stage.
+    """
+    stages: dict[str, type[Stage]] = {s.model_fields["kind"].default: s for s in get_args(get_args(AnyStage)[0])}
+    if kind not in stages:
+        raise ConfigError(f"stage: no stage is called '{kind}'{nearest(kind, list(stages))}")
+    schema = stages[kind].model_json_schema()
+    for name, node in {f"stage={kind}": schema, **schema.get("$defs", {})}.items():
+        _print(f"{name}: {node.get('description', '')}\n")
+        table = _table("key", "type", "default")
+        for key, field in node.get("properties", {}).items():
+            default = json.dumps(field["default"]) if "default" in field else "(needed)"
+            table.add_row(f"  {key}", _type(field), default)
+        _print(table)
+        _print("")
+
+
+def _type(node: Mapping[str, Any]) -> str:
+    """Return the type of a JSON schema in a few words."""
+    branches = node.get("anyOf") or node.get("oneOf")
+    if branches:
+        return " | ".join(_type(branch) for branch in branches)
+    if "$ref" in node:
+        return str(node["$ref"]).rsplit("/", 1)[1]
+    if "const" in node or "enum" in node:
+        return " | ".join(map(str, node.get("enum", [node.get("const")])))
+    if node.get("type") == "array":
+        return f"list of {_type(node.get('items', {}))}"
+    return str(node.get("type", "any"))
+
+
+def _short(why: str) -> str:
+    """Return the first three reasons, and how many more there are."""
+    reasons = why.split("; ")
+    return "; ".join([*reasons[:3], f"and {len(reasons) - 3} more"]) if len(reasons) > 3 else why
 
 
 def print_task(task: Task) -> None:
@@ -43,6 +89,8 @@ def print_end(tasks: list[Task], ran: list[str], command: Command, job: str | No
             path = Path(command.root) / "jobs" / job / task.name if job else task.done.path
             results.append((task.name, path / task.stage.result))
     _print(table)
+    if not ran:
+        _print("nothing to run: all was made before (run.* and tracker say how, not what; a changed setting reruns)")
     if job is None and tasks[0].done is not None:
         for line in tasks[0].stage.show(tasks[0].done):
             _print(line)
@@ -59,5 +107,8 @@ def _table(*headings: str) -> Table:
 
 
 def _print(what: Table | str) -> None:
-    """Print without folding lines: paths and tables can be copied, and a narrow terminal wraps them itself."""
-    Console(width=1000, highlight=False).print(what, crop=False, soft_wrap=isinstance(what, str), markup=False)
+    """Print without folding lines or padding them: paths can be copied, and a narrow terminal wraps them itself."""
+    console = Console(width=1000, highlight=False)
+    with console.capture() as text:
+        console.print(what, crop=False, soft_wrap=isinstance(what, str), markup=False)
+    print("\n".join(line.rstrip() for line in text.get().splitlines()), flush=True)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipeline.settings import Input, Settings, Source, decode, encode, fingerpri
 from pipeline.stage import Stage, TaskName
 from pipeline.stages import AnyStage
 from pipeline.text.sources import identify
-from pipeline.track import AnyTracker, Jsonl
+from pipeline.track import AnyTracker, Jsonl, TensorBoard
 
 
 class Command(Settings):
@@ -80,6 +81,8 @@ def plan(command: Command, job: str | None) -> list[Task]:
         raise ConfigError("nothing to do: say job=NAME or stage=KIND; python -m pipeline --help lists both")
     if command.stage is not None and command.tasks:
         raise ConfigError("stage: a job brings its own stages; say either job=NAME or stage=KIND")
+    if isinstance(command.tracker, TensorBoard) and find_spec("tensorboard") is None:
+        raise ConfigError("tracker.kind: tensorboard is not installed; pip install -e '.[tensorboard]' brings it")
     if command.stage is None and not command.tasks:
         raise ConfigError("tasks: the job has none")
     if command.stage is not None:
@@ -164,7 +167,10 @@ def _place(task: Task, tasks: Mapping[str, Task], outside: Mapping[str, Artifact
     """Give a task its fingerprint, directory and state."""
     identities: dict[str, Any] = {name: artifact.manifest.fingerprint for name, artifact in outside.items()}
     identities |= {name: tasks[other].fingerprint for name, other in task.needs.items()}
-    task.sources = identify_sources(task.stage)
+    try:
+        task.sources = identify_sources(task.stage)
+    except ArtifactError as error:
+        raise ArtifactError(f"{task.where}: {error}") from None
     settings = encode(task.stage)
     for name, identity in {**identities, **task.sources}.items():
         _put(settings, name, identity)

@@ -121,6 +121,9 @@ def _problem(error: Any, schema: dict[str, Any], data: Any, where: str) -> str:
         tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "").split(", ")
         return f"{place}.kind: no {_noun(path)} is called '{tag}'{nearest(tag, known)}"
     if kind == "union_tag_not_found":
+        siblings = [name for name, value in data.get("tasks", {}).items() if path[:1] == ["tasks"] and "kind" in value]
+        if len(path) == 2 and (close := difflib.get_close_matches(path[-1], siblings, n=1)):
+            return f"{place}: no task is called '{path[-1]}'; did you mean '{close[0]}'?"
         choices = node.get("properties", {}).get(path[-1], {}) if path else {}
         known = sorted(_deref(choices, schema).get("discriminator", {}).get("mapping", {}))
         return f"{place}.kind: missing; say which kind{': ' if known else ''}{' or '.join(known)}"

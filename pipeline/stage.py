@@ -202,7 +202,7 @@ class Context:
             note = self.directory / WORK / "units" / f"{name}.json"
             if not note.exists():
                 if self.should_stop():
-                    raise Preempted(f"{self.task}: stopped as asked; the finished {noun} stay")
+                    raise Preempted(f"{self.task} between two {noun}; the finished ones stay")
                 unit = Unit(self.directory, name)
                 yield unit
                 unit.save(note)

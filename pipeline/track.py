@@ -13,7 +13,6 @@ from typing import IO, Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.errors import ConfigError
 from pipeline.settings import Choice
 
 METRICS = "metrics.jsonl"
@@ -72,9 +71,6 @@ def open_tracker(
     Args:
         run_id: Identity of the run in Weights & Biases; the same at every resume.
         after_step: The step that the state in hand has reached; later numbers of an earlier try are dropped.
-
-    Raises:
-        ConfigError: If the tracker's package is not installed.
     """
     if isinstance(choice, NoTracker):
         (directory / METRICS).unlink(missing_ok=True)  # of an earlier try with another tracker: it would stop short
@@ -129,12 +125,8 @@ class TensorBoardTracker(Tracker):
     """Writes scalars to TensorBoard event files."""
 
     def __init__(self, directory: Path, after_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "tracker.kind: tensorboard is not installed; install the extra 'tensorboard' or choose tracker=jsonl"
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         # purge_step hides the numbers that a killed try logged after its last checkpoint
         self.writer = SummaryWriter(str(directory), purge_step=after_step + 1 if after_step else None)
 

@@ -27,12 +27,25 @@ def test_the_first_screen_shows_the_two_commands():
 @pytest.mark.parametrize("line", PIPELINE)
 def test_every_command_composes_and_decodes(line):
     arguments = shlex.split(line)[3:]
-    if arguments[0].startswith("--"):
+    if arguments[0].startswith("--") or "--help" in arguments:
         assert run_pipeline(*arguments).stdout
         return
     commands = []
     assert compose(arguments, lambda data, job: commands.append(decode(Command, data)) or 0) == 0
     assert len(commands) == (2 if "-m" in arguments else 1)
+
+
+def test_the_job_of_the_readme_plans(tmp_path):
+    job = re.search(r"```yaml\n(.+?)```", README, re.DOTALL).group(1)
+    (tmp_path / "web.jsonl").write_text('{"content": "text", "url": "u", "lang": "en"}\n')
+    job = job.replace("/data/books/**/*.txt", str(PROJECT / "*.md"))
+    job = job.replace("/data/web.jsonl.zst", str(tmp_path / "web.jsonl"))
+    (tmp_path / "books.yaml").write_text(job)
+    done = run_pipeline(f"job={tmp_path}/books.yaml", f"root={tmp_path}/artifacts", "--plan")
+    assert "10 of 10 tasks would run" in done.stdout
+    preset = "model@tasks.pretrain.model=gpt2_124m"
+    done = run_pipeline(f"job={tmp_path}/books.yaml", preset, f"root={tmp_path}/artifacts", "--cfg", "job")
+    assert "norm: layernorm" in done.stdout
 
 
 @pytest.mark.parametrize("line", sorted(set(LINES) - set(PIPELINE)))

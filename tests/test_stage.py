@@ -42,7 +42,7 @@ def test_finished_units_are_skipped_after_a_restart(tmp_path):
 
 def test_a_stop_is_heard_between_two_units(tmp_path):
     answers = iter([False, True])
-    with pytest.raises(Preempted, match="stopped as asked; the finished units stay"):
+    with pytest.raises(Preempted, match="task between two units; the finished ones stay"):
         work(context(tmp_path, should_stop=lambda: next(answers)), ["a", "b", "c"])
     assert work(context(tmp_path), ["a", "b", "c"]) == ["b", "c"]
 

@@ -80,7 +80,7 @@ def launch(directory: Path, num_ranks: int, run: Run, lock: int, stop: StopReque
     status = ranks[failed].returncode
     reason = _left_reason(directory, failed)
     if stop and reason is None and -status in (signal.SIGTERM, signal.SIGKILL):
-        raise stop.error(f"{directory}: stopped; what was done since the last checkpoint or unit is done again")
+        raise stop.error(f"{directory}: what was done since the last checkpoint or unit will be done again")
     if isinstance(reason, Preempted):
         raise stop.error(str(reason)) if stop else reason
     raise reason or _guessed_reason(directory, failed, status)

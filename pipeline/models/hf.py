@@ -158,7 +158,7 @@ def _write_config(model: Transformer, directory: Path, special_ids: Mapping[str,
     ids = {f"{name}_token_id": token_id for name, token_id in special_ids.items()}
     dtype = model.embedding.weight.dtype
     AutoConfig.for_model("llama" if llama else "gpt2", dtype=dtype, **fields, **ids).save_pretrained(directory)
-    GenerationConfig(max_length=config.max_seq_len, **ids).save_pretrained(directory)
+    GenerationConfig(**ids).save_pretrained(directory)
 
 
 def _names(llama: bool) -> dict[str, str]:

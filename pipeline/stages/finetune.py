@@ -136,6 +136,7 @@ class Finetune(Stage):
             validate=lambda module: _scores(module, examples.valid, examples.labels, "valid"),
             checkpoints=ctx.directory / "checkpoints" / name,
             prefix=f"{name}/",
+            label=f"{name} ({2 if pretrained else 1} of 2) " if self.baseline else "",
             first_step=steps if pretrained and self.baseline else 0,
         )
         return train(ctx, mpu, recipe, trainee)

@@ -54,7 +54,8 @@ class Generate(Stage):
     @classmethod
     def headline(cls, stats: Stats) -> tuple[str, str]:
         """Return how many tokens were made."""
-        return f"{stats['prompts']} prompts", f"{stats['new_tokens']} new tokens"
+        prompts = stats["prompts"]
+        return f"{prompts} prompt{'s' if prompts != 1 else ''}", f"{stats['new_tokens']} new tokens"
 
     @classmethod
     def show(cls, artifact: Artifact) -> Iterator[str]:

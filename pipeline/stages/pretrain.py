@@ -78,7 +78,7 @@ class Pretrain(Stage):
     @classmethod
     def headline(cls, stats: Stats) -> tuple[str, str]:
         """Return steps and tokens seen, and the held-out loss."""
-        seen = f"{stats['steps']:,} steps, {stats['tokens'] / 1e6:.2f} M tokens"
+        seen = f"{stats['steps']:,} steps, {stats['tokens']:,} tokens"
         return seen, f"validation loss {stats['validation_loss']:.3f}"
 
     def run(self, ctx: Context) -> None:

@@ -67,7 +67,7 @@ class Shard(CorpusStage):
         """Check that every source gave documents, that the books balance and that ids are unique."""
         for number in range(len(self.sources)):
             if not stats.get(f"sources.{number}.documents"):
-                raise ArtifactError(self._why_nothing(ctx, stats, number))
+                raise ArtifactError(f"{ctx.task}.{self._why_nothing(ctx, stats, number)}")
         check_books(ctx, stats)
         _check_unique_ids(ctx)
         return stats

@@ -66,6 +66,7 @@ class Trainee:
         validate: From the model to numbers, the same on every rank.
         checkpoints: Where its checkpoints go.
         prefix: Put before the name of every logged number.
+        label: The same for what a person reads.
         first_step: Added to every logged step, where one artifact holds several trainings.
     """
 
@@ -74,6 +75,7 @@ class Trainee:
     validate: Callable[["torch.nn.Module"], Mapping[str, float]]
     checkpoints: Path
     prefix: str = ""
+    label: str = ""
     first_step: int = 0
 
 
@@ -97,11 +99,11 @@ def train(ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee)
     settings = EngineSettings(shape, zero, recipe.precision, recipe.clip_norm, run.parallel.deepspeed)
     engine = build_engine(trainee.model, recipe.optimizer.build(trainee.model), settings, mpu)
     start = load_checkpoint(engine, trainee.checkpoints, zero, ctx.log)
-    if start:
+    if 0 < start < recipe.steps:
         rate = _rate(recipe, start)
-        ctx.log(f"{trainee.prefix}continues after step {start} of {recipe.steps}, learning rate {rate:.2e}")
+        ctx.log(f"{trainee.label}continues after step {start} of {recipe.steps}, learning rate {rate:.2e}")
     trained = Trained(engine)
-    progress = ctx.progress(recipe.steps, f"{trainee.prefix}steps", start)
+    progress = ctx.progress(recipe.steps, f"{trainee.label}steps", start)
     for step in range(start + 1, recipe.steps + 1):
         numbers, stop = _do_step(ctx, mpu, recipe, trainee, engine, shape, step)
         last = step == recipe.steps
@@ -113,7 +115,7 @@ def train(ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee)
         if stop or last or step % run.checkpoint_every_steps == 0:
             save_checkpoint(engine, trainee.checkpoints, step, zero, run.keep_checkpoints)
         if stop and not last:
-            raise Preempted(f"{ctx.task}: stopped after step {step} of {recipe.steps}, state saved")
+            raise Preempted(f"{ctx.task} after step {step} of {recipe.steps}, state saved")
     progress.close()
     if start == recipe.steps:  # an earlier try did all steps but was ended before the end
         trained.validation = _validate(ctx, trainee, engine, start)

@@ -7,6 +7,8 @@ import shutil
 import pytest
 from support import MODEL_TASKS, PROJECT, run_pipeline
 
+from pipeline.errors import ConfigError
+
 
 def refused(tmp_path, *arguments, status) -> str:
     """Run a command line that must be refused; nothing may be published. Returns what it says."""
@@ -85,6 +87,40 @@ def test_settings_that_cannot_work_are_refused_before_anything_runs(tmp_path, ar
 )
 def test_words_may_come_in_any_order(tmp_path, arguments, says):
     assert says in run_pipeline(f"root={tmp_path}", *arguments).stdout
+
+
+def test_a_job_may_be_a_file_anywhere(tmp_path):
+    shutil.copy(PROJECT / "tests/conf/job/tiny.yaml", tmp_path / "mine.yaml")
+    done = run_pipeline(f"job={tmp_path}/mine.yaml", f"root={tmp_path}/artifacts", "tasks.pretrain.steps=7", "--plan")
+    assert "11 of 11 tasks would run" in done.stdout
+    done = run_pipeline(f"job={tmp_path}/yours.yaml", "--plan", status=2)
+    assert done.stderr == f"error: job: {tmp_path}/yours.yaml: no such file\n"
+    shutil.copy(tmp_path / "mine.yaml", tmp_path / "quickstart.yaml")
+    done = run_pipeline(f"job={tmp_path}/quickstart.yaml", "--plan", status=2)
+    assert "the pipeline brings a job of this name; give the file another" in done.stderr
+    assert "nothing was started" in run_pipeline("job=jobs/quickstart.yaml", "--plan").stdout
+
+
+def test_a_mistyped_task_is_answered_with_the_right_one(tmp_path):
+    said = refused(tmp_path, "job=tiny", "tasks.pretrian.steps=3", status=2)
+    assert said == "error: tasks.pretrian: no task is called 'pretrian'; did you mean 'pretrain'?\n"
+
+
+def test_the_settings_of_a_stage_are_listed_with_their_defaults():
+    said = run_pipeline("stage=finetune", "--help").stdout
+    assert "trunk" in said
+    assert "full | frozen" in said
+    assert "lr" in said  # of the optimizer that it holds
+    assert "did you mean 'clean'?" in run_pipeline("stage=claen", "--help", status=2).stderr
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_anything_runs(monkeypatch):
+    from pipeline.plan import Command, plan
+    from pipeline.settings import decode
+
+    monkeypatch.setattr("pipeline.plan.find_spec", lambda name: None)  # the tests have it installed
+    with pytest.raises(ConfigError, match=r"tensorboard is not installed; pip install -e '.\[tensorboard\]' brings it"):
+        plan(decode(Command, {"tracker": {"kind": "tensorboard"}, "stage": {"kind": "dedup", "corpus": "x"}}), None)
 
 
 @pytest.mark.parametrize("root", ["/etc/passwd", "/dev/null/x", "/proc/x"])

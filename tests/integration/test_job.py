@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 
@@ -33,6 +34,15 @@ def test_every_task_leaves_an_artifact_where_its_name_leads(tiny_root):
         artifact = open_artifact(tiny_root / "jobs/tiny" / task)
         for name in artifact.names:
             artifact.file(name)
+
+
+def test_every_file_can_be_read_by_whom_the_umask_allows(tiny_root):
+    mask = os.umask(0)
+    os.umask(mask)
+    for task in TASKS:
+        path = tiny_root / "jobs/tiny" / task
+        for name in open_artifact(path).names:
+            assert (path / name).stat().st_mode & 0o777 == 0o666 & ~mask, name
 
 
 def test_a_second_run_executes_nothing_and_loads_no_torch(root):
@@ -87,6 +97,8 @@ def test_another_number_of_ranks_makes_the_same_data(tiny_root, tmp_path):
 def test_a_sweep_runs_every_point(root):
     done = run_pipeline("-m", "job=tiny", f"root={root}", "tasks.generate.seed=5,6", "~tasks.report")
     assert done.stdout.count("generate done in") == 2
+    assert "[1] " in done.stdout
+    assert "tasks.generate.seed=6" in done.stdout
     assert len(list((root / "samples").iterdir())) == 3
 
 

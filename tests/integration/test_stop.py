@@ -37,7 +37,8 @@ def test_a_stop_in_a_stage_that_cannot_stop_ends_the_job_after_it(root):
     os.kill(process.pid, signal.SIGINT)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "error: stopped before" in errors or "stopped; what was done" in errors
+    assert errors.startswith("stopped: ")
+    assert errors.endswith("; run the same command to continue\n")
     assert "report done" not in out
     run_pipeline("job=tiny", f"root={root}", "tasks.generate.seed=9")
 
@@ -52,7 +53,7 @@ def test_a_stop_ends_a_sweep(root):
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.count("error: ") == 1
+    assert errors.count("stopped: ") == 1
     assert len(list((root / "model").glob("pretrain-*"))) == 2  # the second point was not begun
 
 
