@@ -17,9 +17,9 @@ def start(*arguments):
     return subprocess.Popen(command(*arguments), cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(pattern, directory):
+def wait_for(pattern, directory, count=1):
     deadline = time.monotonic() + 60
-    while not list(directory.glob(pattern)):
+    while len(list(directory.glob(pattern))) < count:
         assert time.monotonic() < deadline, f"{pattern} did not come"
         time.sleep(0.01)
 
@@ -45,11 +45,7 @@ def test_a_stop_in_a_stage_that_cannot_stop_ends_the_job_after_it(root):
 
 def test_a_stop_ends_a_sweep(root):
     process = start("-m", "job=tiny", f"root={root}", "tasks.pretrain.steps=300,301")
-    wait_for("model/pretrain-*/metrics.jsonl", root)
-    deadline = time.monotonic() + 60
-    while len(list((root / "model").glob("pretrain-*/metrics.jsonl"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for("model/pretrain-*/metrics.jsonl", root, 2)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -59,10 +55,7 @@ def test_a_stop_ends_a_sweep(root):
 
 def test_a_closed_terminal_is_a_stop(root):
     process = start("job=tiny", f"root={root}", "tasks.pretrain.steps=300")
-    deadline = time.monotonic() + 60
-    while len(list((root / "model").glob("pretrain-*/metrics.jsonl"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for("model/pretrain-*/metrics.jsonl", root, 2)
     os.kill(process.pid, signal.SIGHUP)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75
@@ -73,11 +66,7 @@ def test_text_that_changes_while_it_is_read_is_not_published(root, tmp_path):
     data = tmp_path / "topics.jsonl"
     shutil.copy(PROJECT / "tests/data/topics.jsonl", data)
     process = start("job=tiny", f"root={root}", f"tasks.finetune.data={data}", "tasks.finetune.seed=3")
-    wait_for("model/finetune-*/work/lock", root)
-    deadline = time.monotonic() + 60
-    while len(list((root / "model").glob("finetune-*/metrics.jsonl"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for("model/finetune-*/metrics.jsonl", root, 2)
     with open(data, "a") as file:
         file.write(json.dumps({"text": "x", "label": "games", "split": "train"}) + "\n")
     _, errors = process.communicate(timeout=60)
