@@ -51,6 +51,12 @@ def test_none_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_none_removes_the_record_of_an_earlier_try(tmp_path):
+    track(Jsonl(), tmp_path, [1])
+    track(NoTracker(), tmp_path, [2], after=1)
+    assert list(tmp_path.iterdir()) == []  # it would stop short at step 1
+
+
 def read_offline_run(path):
     """Records of a W&B offline file: a 7-byte header, then LevelDB log blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record
