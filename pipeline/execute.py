@@ -13,7 +13,7 @@ from pipeline.errors import ArtifactError
 from pipeline.launch.local import launch, locked
 from pipeline.plan import Command, Task, identify_sources
 from pipeline.settings import encode
-from pipeline.stage import SCRATCH
+from pipeline.stage import CHECKPOINTS, SCRATCH
 from pipeline.worker import FrozenTask, publish
 
 
@@ -46,16 +46,20 @@ def _run(task: Task, command: Command, job: str | None, stop: StopRequest) -> Ar
         if not (task.directory / MANIFEST).exists():  # another run may have made it while this one waited
             frozen = _freeze(task, command, job)
             _check_sources(task)
-            launch(task.directory, num_ranks, command.run, lock, stop)
-            _check_sources(task)  # what was read is what the fingerprint says
+            try:
+                launch(task.directory, num_ranks, command.run, lock, stop)
+            finally:
+                _check_sources(task, undo=True)  # what was read is what the fingerprint says
             publish(frozen, time.monotonic() - began, num_ranks)
     return open_artifact(task.directory, task.stage.produces)
 
 
-def _check_sources(task: Task) -> None:
+def _check_sources(task: Task, undo: bool = False) -> None:
+    """Refuse raw files that are no longer those of the plan; `undo` drops the work that may be made of others."""
     for name, identity in identify_sources(task.stage).items():
         if identity != task.sources[name]:
-            shutil.rmtree(task.directory / WORK / "units", ignore_errors=True)  # some may be of the old text
+            for unfinished in (WORK + "/units", CHECKPOINTS) if undo else ():
+                shutil.rmtree(task.directory / unfinished, ignore_errors=True)
             raise ArtifactError(f"{task.where}.{name}: its files changed while the job ran; run it again")
 
 

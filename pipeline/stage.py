@@ -27,6 +27,7 @@ from pipeline.track import Tracker
 Stats = dict[str, Any]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # becomes part of a path
 SCRATCH = "scratch"  # in work/
+CHECKPOINTS = "checkpoints"  # of a training, beside work/
 
 
 class Parallel(Settings):

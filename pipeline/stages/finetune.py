@@ -9,10 +9,9 @@ from pydantic import Field
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.parallel.engine import Precision
 from pipeline.settings import Input, Source
-from pipeline.stage import Context, Run, Stage, Stats
+from pipeline.stage import CHECKPOINTS, Context, Run, Stage, Stats
 from pipeline.stages.pretrain import Pretrain, check_engine, load_language_model
 from pipeline.text.tokenizers import TOKENIZER
-from pipeline.track import METRICS
 from pipeline.training.optim import AdamW, AnyOptimizer
 from pipeline.training.schedule import AnySchedule, Cosine
 
@@ -128,13 +127,12 @@ class Finetune(Stage):
 
         model = self._build(ctx.inputs["model"], examples.labels, pretrained)
         name = "finetune" if pretrained else "baseline"
-        shared = {key: getattr(self, key) for key in Recipe.model_fields if key in type(self).model_fields}
-        recipe = Recipe(**shared, steps=steps, batch_rows=self.batch_examples, validate_every_steps=None)
+        recipe = Recipe.of(self, steps=steps, batch_rows=self.batch_examples, validate_every_steps=None)
         trainee = Trainee(
             model=model,
             feed=lambda step, rank, shape: self._feed(examples, step, rank, shape),
             validate=lambda module: _scores(module, examples.valid, examples.labels, "valid"),
-            checkpoints=ctx.directory / "checkpoints" / name,
+            checkpoints=ctx.directory / CHECKPOINTS / name,
             prefix=f"{name}/",
             label=f"{name} ({2 if pretrained else 1} of 2) " if self.baseline else "",
             first_step=steps if pretrained and self.baseline else 0,
@@ -174,11 +172,8 @@ class Finetune(Stage):
         from pipeline.models.transformer import save_model
         from pipeline.training.loop import write_model
 
-        write_model(ctx, lambda directory: save_model(directory, model, weights))
-        with ctx.output.write(TOKENIZER) as path:
-            path.write_bytes(ctx.inputs["model"].file(TOKENIZER).read_bytes())
-        if (ctx.directory / METRICS).exists():
-            ctx.output.add(METRICS)
+        tokenizer = ctx.inputs["model"].file(TOKENIZER)
+        write_model(ctx, tokenizer, lambda directory: save_model(directory, model, weights))
 
 
 Example = tuple[list[int], int]  # token ids of a text, number of its label

@@ -11,9 +11,8 @@ from pipeline.models.config import Decoder
 from pipeline.parallel.engine import EngineSettings, Precision, deepspeed_json
 from pipeline.parallel.mesh import shape_batch
 from pipeline.settings import Input
-from pipeline.stage import Context, Run, Stage, Stats
+from pipeline.stage import CHECKPOINTS, Context, Run, Stage, Stats
 from pipeline.text.tokenizers import TOKENIZER
-from pipeline.track import METRICS
 from pipeline.training.optim import AdamW, AnyOptimizer
 from pipeline.training.schedule import AnySchedule, Cosine
 
@@ -105,14 +104,13 @@ class Pretrain(Stage):
             f"{config.num_params():,} parameters; {loader.stream.num_tokens:,} training tokens in "
             f"{loader.stream.num_documents:,} documents, {held.num_tokens:,} held out in {held.num_documents:,}"
         )
-        shared = {name: getattr(self, name) for name in Recipe.model_fields if name in type(self).model_fields}
-        recipe = Recipe(**shared, batch_rows=rows)
+        recipe = Recipe.of(self, batch_rows=rows)
         with process_group() as mpu:
             trainee = Trainee(
                 model=model,
                 feed=lambda step, rank, shape: self._feed(loader, step, rank, shape),
                 validate=lambda module: self._validate(module, held, mpu, tokens.stats["end_of_text_id"]),
-                checkpoints=ctx.directory / "checkpoints",
+                checkpoints=ctx.directory / CHECKPOINTS,
             )
             trained = train(ctx, mpu, recipe, trainee)
             weights = full_weights(trained.engine)
@@ -166,11 +164,8 @@ class Pretrain(Stage):
         from pipeline.models.transformer import Transformer, save_model
         from pipeline.training.loop import write_model
 
-        write_model(ctx, lambda directory: save_model(directory, Transformer(config), weights))
-        with ctx.output.write(TOKENIZER) as path:
-            path.write_bytes(ctx.inputs["tokens"].file(TOKENIZER).read_bytes())
-        if (ctx.directory / METRICS).exists():
-            ctx.output.add(METRICS)
+        tokenizer = ctx.inputs["tokens"].file(TOKENIZER)
+        write_model(ctx, tokenizer, lambda directory: save_model(directory, Transformer(config), weights))
         ctx.output.stats |= {
             "steps": self.steps,
             "tokens": self.steps * self.batch_tokens,

@@ -16,6 +16,8 @@ from pipeline.parallel.engine import EngineSettings, Precision, build_engine
 from pipeline.parallel.mesh import BatchShape, DataParallelUnit, shape_batch
 from pipeline.settings import Settings
 from pipeline.stage import Context
+from pipeline.text.tokenizers import TOKENIZER
+from pipeline.track import METRICS
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.optim import AnyOptimizer
 from pipeline.training.schedule import AnySchedule
@@ -40,6 +42,12 @@ class Recipe(Settings):
     precision: Precision
     validate_every_steps: int | None
     seed: int
+
+    @classmethod
+    def of(cls, stage: Settings, **more: Any) -> "Recipe":
+        """Return the recipe of a stage: its settings of the same names, and `more`."""
+        shared = {name: getattr(stage, name) for name in cls.model_fields if name in type(stage).model_fields}
+        return cls(**shared, **more)
 
 
 @dataclass(frozen=True)
@@ -122,12 +130,20 @@ def train(ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee)
     return trained
 
 
-def write_model(ctx: Context, save: Callable[[Path], list[str]]) -> None:
-    """Put the files that `save` writes into a directory into the output, each in one durable step."""
+def write_model(ctx: Context, tokenizer: Path, save: Callable[[Path], list[str]]) -> None:
+    """Put a model, its tokenizer and the metrics of its training into the output, each file in one durable step.
+
+    Args:
+        save: Writes the model's files into a directory and returns their names.
+    """
     with ctx.scratch() as scratch:
         for name in save(scratch):
             with ctx.output.write(name) as path:
                 (scratch / name).rename(path)
+    with ctx.output.write(TOKENIZER) as path:
+        path.write_bytes(tokenizer.read_bytes())
+    if (ctx.directory / METRICS).exists():
+        ctx.output.add(METRICS)
 
 
 def _do_step(
