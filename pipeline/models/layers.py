@@ -49,6 +49,22 @@ def rotate(x_BTHK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x_BTHK * cos, x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1), signed_sin)
 
 
+def document_positions(documents_BT: Tensor) -> Tensor:
+    """Return the position of each id within its document, (B, T), from 0 where `documents_BT` changes along a row."""
+    columns_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    first_BT: Tensor = torch.where(begins_BT, columns_T, 0).cummax(1).values
+    return columns_T - first_BT
+
+
+def document_mask(documents_BT: Tensor) -> Tensor:
+    """Return which keys each id may see, (B, 1, T, T): itself and what is before it in its own document."""
+    columns_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    same_BTT = documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)
+    return (same_BTT & (columns_T <= columns_T.unsqueeze(1))).unsqueeze(1)
+
+
 class LayerCache:
     """The keys and values of one layer, in memory that is allocated once."""
 

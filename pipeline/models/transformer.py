@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.models.config import CONFIG_FILE, WEIGHTS_FILE, Decoder, ModelFile, read_config
-from pipeline.models.layers import IGNORED_LABEL, Block, Cache, make_norm, make_rotary, summed_cross_entropy
+from pipeline.models.layers import (
+    IGNORED_LABEL,
+    Block,
+    Cache,
+    document_mask,
+    document_positions,
+    make_norm,
+    make_rotary,
+    summed_cross_entropy,
+)
 from pipeline.settings import encode
 
 
@@ -41,11 +50,13 @@ class Transformer(nn.Module):
         """Return the weight of the output layer, one row for each row of the embedding."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def hidden(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden(self, ids_BT: Tensor, cache: Cache | None = None, documents_BT: Tensor | None = None) -> Tensor:
         """Return what the last layer knows at each position, (B, T, D), the final norm applied.
 
         Args:
             cache: If given, `ids_BT` continues what it holds, and is added to it.
+            documents_BT: If given (and no cache), numbers the documents of each row: no position sees another
+                document, and positions count from the beginning of each.
 
         Raises:
             ConfigError: If there are more positions than `max_seq_len`.
@@ -56,8 +67,7 @@ class Transformer(nn.Module):
                 f"max_seq_len: the model reads {self.config.max_seq_len} positions, found {num_new};"
                 " cut the text, or train a model with a larger max_seq_len"
             )
-        positions = torch.arange(num_new, device=ids_BT.device) if cache is None else cache.positions(num_new)
-        mask = None if cache is None else cache.mask(num_new)
+        positions, mask = self._visible(ids_BT, cache, documents_BT)
         x_BTD = self.embedding(ids_BT)
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(positions)
@@ -67,6 +77,17 @@ class Transformer(nn.Module):
             x_BTD = block(x_BTD, rotary, mask, None if cache is None else cache.layers[layer])
         normed_BTD: Tensor = self.norm(x_BTD)
         return normed_BTD
+
+    def _visible(
+        self, ids_BT: Tensor, cache: Cache | None, documents_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the positions, (T) or (B, T), and which keys each may see; null is all that are not later."""
+        num_new = ids_BT.shape[1]
+        if cache is not None:
+            return cache.positions(num_new), cache.mask(num_new)
+        if documents_BT is not None:
+            return document_positions(documents_BT), document_mask(documents_BT)
+        return torch.arange(num_new, device=ids_BT.device), None
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Return a score for each id of the vocabulary, (..., V), from what `hidden` returns.
@@ -81,12 +102,18 @@ class Transformer(nn.Module):
             x_BTD.flatten(0, 1), self.head_weight, labels_BT.flatten(), self.config.real_vocab_size
         )
 
-    def forward(self, ids_BT: Tensor, labels_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Return the summed loss of `labels_BT`, or without labels the logits (B, T, V).
 
         Note: labels are not shifted here. `labels_BT[b, t]` is the id that follows `ids_BT[b, t]`, or -100.
         """
-        x_BTD = self.hidden(ids_BT, cache)
+        x_BTD = self.hidden(ids_BT, cache, documents_BT)
         return self.logits(x_BTD) if labels_BT is None else self.loss(x_BTD, labels_BT)
 
 

@@ -54,6 +54,46 @@ def test_a_later_token_never_moves_an_earlier_logit(changes):
     assert not torch.allclose(before[:, 7:], after[:, 7:])
 
 
+# --- documents packed into one row
+
+PACKED = torch.tensor(
+    [[4] * 5 + [5] * 1 + [7] * 6, [0] * 2 + [9] * 10]
+)  # numbers of documents of 5, 1, 6, 2 and 10 ids
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_changing_one_document_never_moves_anothers_logits(changes):
+    model, ids = make(**changes), random_ids()
+    before = model(ids, documents_BT=PACKED)
+    for row, document in ((0, 4), (0, 5), (0, 7), (1, 0), (1, 9)):
+        inside = torch.zeros_like(PACKED, dtype=torch.bool)
+        inside[row] = PACKED[row] == document
+        after = model(ids.where(~inside, (ids + 1) % SMALL["vocab_size"]), documents_BT=PACKED)
+        assert torch.equal(before[~inside], after[~inside])
+        assert not torch.allclose(before[inside], after[inside])
+    assert not torch.allclose(before[0, 5:], model(ids)[0, 5:])  # without the mask it would leak
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_a_packed_document_is_read_as_if_it_were_alone(changes):
+    model, ids = make(**changes), random_ids()
+    packed = model(ids, documents_BT=PACKED)
+    for row, numbers in enumerate(PACKED):
+        for document in numbers.unique():
+            alone = model(ids[row : row + 1, numbers == document])
+            assert_close(packed[row : row + 1, numbers == document], alone)
+
+
+def test_the_loss_of_one_document_has_no_gradient_in_another():
+    model, ids = make(), random_ids()
+    embedded = model.embedding(ids).detach().requires_grad_()
+    model.embedding.forward = lambda _: embedded
+    labels = random_ids(seed=1).where(PACKED == 7, -100)
+    model(ids, labels, documents_BT=PACKED).backward()
+    moved = embedded.grad.abs().sum(-1) > 0
+    assert torch.equal(moved, PACKED == 7)
+
+
 def test_more_positions_than_the_model_has_are_refused():
     with pytest.raises(ConfigError, match="max_seq_len: the model reads 16 positions, found 17"):
         make()(random_ids(length=17))
