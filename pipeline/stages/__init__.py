@@ -10,6 +10,7 @@ from pipeline.stages.evaluate import Evaluate
 from pipeline.stages.export import Export
 from pipeline.stages.finetune import Finetune
 from pipeline.stages.generate import Generate
+from pipeline.stages.import_tokenizer import ImportTokenizer
 from pipeline.stages.pretrain import Pretrain
 from pipeline.stages.report import Report
 from pipeline.stages.shard import Shard
@@ -17,6 +18,17 @@ from pipeline.stages.tokenize import Tokenize
 from pipeline.stages.train_tokenizer import TrainTokenizer
 
 AnyStage = Annotated[
-    Shard | Clean | Dedup | TrainTokenizer | Tokenize | Pretrain | Finetune | Evaluate | Generate | Export | Report,
+    Shard
+    | Clean
+    | Dedup
+    | TrainTokenizer
+    | ImportTokenizer
+    | Tokenize
+    | Pretrain
+    | Finetune
+    | Evaluate
+    | Generate
+    | Export
+    | Report,
     Field(discriminator="kind"),
 ]

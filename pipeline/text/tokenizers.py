@@ -1,10 +1,13 @@
-"""Tokenizers: byte-level BPE, trained, loaded, and run over batches of text. The only door to `tokenizers`."""
+"""Tokenizers in the Hugging Face format: built, loaded, and run over batches of text.
+
+Only this module and `trainers` import `tokenizers`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,15 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER = "tokenizer.json"
-NUM_BYTES = 256  # the alphabet of byte-level BPE, always in the vocabulary
+NUM_BYTES = 256  # the alphabet of byte-level tokenizers, always in the vocabulary
+
+_SHOWN_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_HIDDEN_BYTES = [byte for byte in range(NUM_BYTES) if byte not in _SHOWN_BYTES]
+# The character that stands for each byte in a byte-level vocabulary (Radford et al. 2019): its own where that can be
+# seen, else one from U+0100 on. In the order of the characters, which is also how GPT-2 numbers the bytes.
+BYTE_CHARACTERS = {byte: chr(byte) for byte in _SHOWN_BYTES} | {
+    byte: chr(NUM_BYTES + number) for number, byte in enumerate(_HIDDEN_BYTES)
+}
 
 
 class Tokenizer:
@@ -42,13 +53,32 @@ class Tokenizer:
     @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Ids of the special tokens by their text, in the order of the ids."""
-        added = sorted(self._inner.get_added_tokens_decoder().items())
-        return {token.content: number for number, token in added if token.special}
+        return self._added(special=True)
+
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """Ids of the ordinary added tokens by their text: those that are found in a text before the model sees it."""
+        return self._added(special=False)
+
+    @cached_property
+    def unknown_token(self) -> str | None:
+        """The token that stands for what the vocabulary cannot express, or null where it can express everything."""
+        model = self.data["model"]
+        if model.get("unk_id") is not None:
+            return str(model["vocab"][model["unk_id"]][0])
+        token: str | None = model.get("unk_token")
+        return token
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What `tokenizer.json` holds; made anew at every call."""
+        data: dict[str, Any] = json.loads(self._inner.to_str())
+        return data
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify the tokenizer, whatever its file is formatted like."""
-        return fingerprint(json.loads(self._inner.to_str()))
+        return fingerprint(self.data)
 
     @property
     def dtype(self) -> str:
@@ -90,6 +120,70 @@ class Tokenizer:
         """Write `tokenizer.json`."""
         self._inner.save(str(path), pretty=True)
 
+    def train(self, texts: Iterable[str], trainer: Any) -> None:
+        """Train the model with a trainer of the library."""
+        self._inner.train_from_iterator(texts, trainer)
+        self._forget()
+
+    def extend(self, special_tokens: Sequence[str], added_tokens: Sequence[str]) -> None:
+        """Make tokens special or added ones: those of the vocabulary keep their ids, the others get the next.
+
+        Text is split where the model would otherwise make a special token out of it (a Unigram model holds its special
+        tokens among its pieces), so that only the text that spells one is encoded differently.
+
+        Raises:
+            ArtifactError: If an added token is special already, or ordinary text can become a special token.
+        """
+        from tokenizers import AddedToken
+
+        if demoted := [token for token in added_tokens if token in {*special_tokens, *self.special_tokens}]:
+            raise ArtifactError(f"added_tokens: '{demoted[0]}' is a special token of this tokenizer, and stays one")
+        self._inner.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special_tokens])
+        self._inner.add_tokens([AddedToken(t, special=False, normalized=False) for t in added_tokens])
+        self._forget()
+        if forged := self._forged():
+            self._split([token for token in forged if len(token) > 1])
+        if forged := self._forged():
+            raise ArtifactError(
+                f"special_tokens: ordinary text is encoded to the special token '{forged[0]}'; a special token must be "
+                "one that no text contains, such as '<|im_start|>'"
+            )
+
+    def _forget(self) -> None:
+        """Forget what was cached."""
+        for name in ("vocab_size", "special_tokens", "added_tokens", "unknown_token", "fingerprint"):
+            self.__dict__.pop(name, None)
+
+    def _added(self, special: bool) -> dict[str, int]:
+        added = sorted(self._inner.get_added_tokens_decoder().items())
+        return {token.content: number for number, token in added if token.special == special}
+
+    def _forged(self) -> list[str]:
+        """Return the special tokens that their own text, alone or inside other text, is encoded to."""
+        numbers = {token: number for token, number in self.special_tokens.items() if token != self.unknown_token}
+        try:
+            return [
+                token
+                for token, number in numbers.items()
+                if any(
+                    number in self.encode(text) for text in (token, f"a {token} a", f"a{token}a", f"0{token}{token}")
+                )
+            ]
+        except Exception as error:  # the library raises bare Exception
+            raise ArtifactError(
+                f"this tokenizer cannot encode every text ({error}); take one that has all bytes, or an unknown token"
+            ) from None
+
+    def _split(self, tokens: Sequence[str]) -> None:
+        """Split texts after the first character of every special token, so that no pre-token holds a whole one."""
+        from tokenizers import Regex, pre_tokenizers
+
+        between = [f"(?<={_escape(token[0])})(?={_escape(token[1:])})" for token in tokens]
+        steps = [pre_tokenizers.Split(Regex("|".join(between)), "isolated")]
+        if self._inner.pre_tokenizer is not None:
+            steps.append(self._inner.pre_tokenizer)
+        self._inner.pre_tokenizer = pre_tokenizers.Sequence(steps)
+
 
 def load(path: Path) -> Tokenizer:
     """Load a `tokenizer.json`.
@@ -97,32 +191,62 @@ def load(path: Path) -> Tokenizer:
     Raises:
         ArtifactError: If it is not one.
     """
-    import tokenizers
-
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        return from_json(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise ArtifactError(f"{path}: not a tokenizer in the Hugging Face format ({error}); make it again") from None
 
 
-def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str], min_frequency: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer (Sennrich et al. 2016; bytes and pre-tokenization of Radford et al. 2019).
+def from_json(text: str) -> Tokenizer:
+    """Return the tokenizer that the content of a `tokenizer.json` describes, or raise what the library raises."""
+    import tokenizers
 
-    The result depends on the counts of words alone: not on the order of texts, nor on threads. The special tokens
-    have the first ids, in their order; the vocabulary is smaller than `vocab_size` if the texts have too few pairs.
+    return Tokenizer(tokenizers.Tokenizer.from_str(text))
+
+
+def byte_level(
+    vocab: Mapping[str, int],
+    merges: Sequence[tuple[str, str]],
+    pattern: str | None = None,
+    *,
+    split: bool = True,
+    ignore_merges: bool = False,
+) -> Tokenizer:
+    """Return a byte-level BPE tokenizer (Radford et al. 2019); decoding gives back every text.
+
+    Args:
+        vocab: Ids of the tokens, written with `BYTE_CHARACTERS`.
+        merges: The pairs that become one token, the first of them first.
+        pattern: Regular expression whose matches are encoded by themselves; null is GPT-2's.
+        split: Whether to split texts by a pattern at all.
+        ignore_merges: Whether a match that is a token needs no merges.
     """
-    from tokenizers import Tokenizer as Inner
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
 
-    inner = Inner(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    inner = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges), ignore_merges=ignore_merges))
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split and pattern is None)
+    if pattern is None or not split:
+        inner.pre_tokenizer = bytes_alone
+    else:
+        by_pattern = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        inner.pre_tokenizer = pre_tokenizers.Sequence([by_pattern, bytes_alone])
     inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(special_tokens),
-        min_frequency=min_frequency,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator(texts, trainer)
     return Tokenizer(inner)
+
+
+def word_piece(vocab: Mapping[str, int], unknown_token: str, lowercase: bool) -> Tokenizer:
+    """Return a WordPiece tokenizer as BERT has it (Devlin et al. 2019); what it cannot express becomes one token."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    inner = tokenizers.Tokenizer(models.WordPiece(vocab=dict(vocab), unk_token=unknown_token))
+    inner.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    return Tokenizer(inner)
+
+
+def _escape(text: str) -> str:
+    """Return a regular expression that matches exactly `text`."""
+    return "".join(f"\\x{{{ord(character):x}}}" for character in text)

@@ -23,8 +23,10 @@ def test_a_tokenizer_is_made_with_its_numbers(tmp_path, texts_to_corpus, run_sta
     tokenizer = load(made.file("tokenizer.json"))
     assert made.stats == {
         "vocab_size": 600,
+        "end_of_text": "<|endoftext|>",
         "special.<|endoftext|>": 0,
         "special.<|pad|>": 1,
+        "trainer": "gigatoken",
         "bytes_per_token": pytest.approx(2.09, abs=0.01),
     }
     assert tokenizer.special_tokens == {"<|endoftext|>": 0, "<|pad|>": 1}
@@ -33,18 +35,46 @@ def test_a_tokenizer_is_made_with_its_numbers(tmp_path, texts_to_corpus, run_sta
     assert TrainTokenizer.headline(made.stats)[0] == "600 tokens in the vocabulary"
 
 
-def test_two_trainings_give_equal_files_whatever_the_parts(tmp_path, texts_to_corpus, run_stage):
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_two_trainings_give_equal_files_whatever_the_parts(tmp_path, texts_to_corpus, run_stage, kind):
     files = []
     for part_bytes in (1_000, 100_000):
         corpus = texts_to_corpus(TEXTS, part_bytes, f"raw{part_bytes}")
-        made = run_stage(train(), {"corpus": corpus}, tmp_path / f"tokenizer{part_bytes}")
+        made = run_stage(train(algorithm={"kind": kind}), {"corpus": corpus}, tmp_path / f"tokenizer{part_bytes}")
         files.append(made.file("tokenizer.json").read_bytes())
     assert files[0] == files[1]
 
 
+def test_chat_markers_are_special_and_added_tokens_are_not(tmp_path, texts_to_corpus, run_stage):
+    markers = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    stage = train(special_tokens=markers, added_tokens=["<think>", "</think>"])
+    made = run_stage(stage, {"corpus": texts_to_corpus(TEXTS)}, tmp_path / "tokenizer")
+    tokenizer = load(made.file("tokenizer.json"))
+    assert [made.stats[f"special.{token}"] for token in markers] == [0, 1, 2]
+    assert tokenizer.added_tokens == {"<think>": 598, "</think>": 599}
+    ids = tokenizer.encode("<|im_start|>user <think>hm</think><|im_end|>")
+    assert not {0, 1, 2} & set(ids)
+    assert {598, 599} <= set(ids)
+
+
+def test_words_that_word_pieces_cannot_express_are_counted(tmp_path, texts_to_corpus, run_stage):
+    corpus = texts_to_corpus([*TEXTS, "x" * 101 + " short"])
+    made = run_stage(train(algorithm={"kind": "wordpiece"}), {"corpus": corpus}, tmp_path / "tokenizer")
+    assert made.stats["special.[UNK]"] == 1
+    assert 0 < made.stats["unknown_fraction"] < 0.01
+    assert made.stats["trainer"] == "tokenizers"
+
+
+def test_nothing_of_the_scratch_files_stays(tmp_path, texts_to_corpus, run_stage):
+    made = run_stage(train(), {"corpus": texts_to_corpus(TEXTS)}, tmp_path / "tokenizer")
+    assert list((made.path / "work/scratch").iterdir()) == []
+    assert train().disk_bytes(1000, Run(kind="local")) == 1000 + 60_000
+    assert train(algorithm={"kind": "unigram"}).disk_bytes(1000, Run(kind="local")) == 60_000
+
+
 def test_a_small_corpus_gives_a_smaller_vocabulary_and_says_so(tmp_path, texts_to_corpus, run_stage, capsys):
     made = run_stage(train(), {"corpus": texts_to_corpus(["ab ab ab"])}, tmp_path / "tokenizer")
-    assert made.stats["vocab_size"] == 259
+    assert (made.stats["vocab_size"], made.stats["trainer"]) == (259, "tokenizers")
     assert "the vocabulary has 259 tokens, not 600: no other pair occurs 2 times" in capsys.readouterr().out
 
 
@@ -58,17 +88,27 @@ def test_bytes_per_token_come_from_a_sample_of_a_large_corpus(tmp_path, texts_to
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"),
+    ("settings", "message"),
     [
-        (["<|pad|>"], r"special_tokens: wanted '<\|endoftext\|>' as the first, found \['<\|pad\|>'\]"),
-        ([], "special_tokens: wanted"),
-        (["<|endoftext|>", "a", "a"], "special_tokens: wanted different tokens, none of them empty"),
-        (["<|endoftext|>", ""], "special_tokens: wanted different tokens, none of them empty"),
+        (
+            {"special_tokens": ["<|pad|>"]},
+            r"special_tokens: wanted '<\|endoftext\|>' as the first, found \['<\|pad\|>'\]",
+        ),
+        ({"special_tokens": []}, "special_tokens: wanted"),
+        (
+            {"special_tokens": ["<|endoftext|>", "a", "a"]},
+            "special_tokens: wanted different tokens, none of them empty",
+        ),
+        ({"special_tokens": ["<|endoftext|>", ""]}, "special_tokens: wanted different tokens, none of them empty"),
+        ({"added_tokens": ["a", "a"]}, "added_tokens: wanted different tokens, none of them empty"),
+        ({"algorithm": {"kind": "word_piece"}}, "no algorithm is called 'word_piece'; did you mean 'wordpiece'"),
+        ({"algorithm": {"kind": "bpe", "min_frequency": 0}}, "algorithm.min_frequency: wanted greater than"),
+        ({"algorithm": {"kind": "unigram", "min_frequency": 2}}, "algorithm.min_frequency: no such setting"),
     ],
 )
-def test_special_tokens_are_checked(tokens, message):
+def test_settings_are_checked(settings, message):
     with pytest.raises(ConfigError, match=message):
-        train(special_tokens=tokens)
+        train(**settings)
 
 
 def test_a_vocabulary_must_hold_the_bytes():
@@ -76,6 +116,17 @@ def test_a_vocabulary_must_hold_the_bytes():
     assert list(train(vocab_size=257).check({}, run)) == []
     assert list(train(vocab_size=256).check({}, run)) == [
         ("vocab_size", "wanted at least 257 (256 bytes and the special tokens), found 256")
+    ]
+    assert list(train(vocab_size=258, added_tokens=["a", "b"], algorithm={"kind": "unigram"}).check({}, run)) == [
+        ("vocab_size", "wanted at least 259 (256 bytes, the added and the special tokens), found 258")
+    ]
+    assert list(train(vocab_size=100, algorithm={"kind": "wordpiece"}).check({}, run)) == []
+
+
+def test_no_token_is_both_special_and_added():
+    stage = train(added_tokens=["<|endoftext|>"])
+    assert list(stage.check({}, Run(kind="local"))) == [
+        ("added_tokens", "'<|endoftext|>' is a special token too; no text contains those")
     ]
 
 
