@@ -5,22 +5,29 @@ after a kill; files appear under their final names by rename after fsync.
 """
 
 import errno
+import gc
 import json
 import os
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import xxhash
+from pydantic import ValidationError
 
+from pipeline.env import cpus
 from pipeline.errors import ArtifactError, ConfigError
+from pipeline.progress import Progress
+from pipeline.proof import Proofs, Tick, alone, hash_file
 from pipeline.settings import Settings, decode, encode
 
 MANIFEST = "manifest.json"
 WORK = "work"
+ORIGIN = "origin"  # in an artifact of the cache: the URL that its files come from
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -34,7 +41,7 @@ class FileRecord(Settings):
 
 
 class InputRecord(Settings):
-    """An input of the stage that made an artifact; `path` is relative to that artifact's directory."""
+    """An input of the stage that made an artifact; `path` is relative to that artifact's directory, or a URL."""
 
     path: str
     fingerprint: str
@@ -68,11 +75,22 @@ class Manifest(Settings):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete artifact. Its files are checked against their checksums the first time each is asked for."""
+    """A complete artifact. No file of it is handed out that is not what the manifest says.
+
+    Attributes:
+        path: Its directory; of an artifact from elsewhere one in `<root>/cache`, to which files come when asked for.
+        url: Where an artifact from elsewhere comes from.
+    """
 
     path: Path
     manifest: Manifest
+    url: str | None = None
     _checked: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages and records: its URL or its directory."""
+        return self.url or str(self.path)
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -84,36 +102,103 @@ class Artifact:
         """Names of all files, sorted."""
         return sorted(self.manifest.files)
 
-    def file(self, name: str) -> Path:
-        """Return the path of a file whose size and checksum are those of the manifest.
-
-        Raises:
-            ArtifactError: If the artifact has no such file, or the file is damaged.
-        """
-        path, record = self.path / name, self.manifest.files.get(name)
-        if record is None:
-            raise ArtifactError(f"{self.path}: has no file '{name}'; it is a {self.manifest.kind} artifact")
-        if name not in self._checked:
-            found = record_file(path)
-            if found != record:
-                raise ArtifactError(
-                    f"{path}: damaged: wanted {record.bytes} bytes with xxh128 {record.xxh128}, found {found.bytes} "
-                    f"with {found.xxh128}; delete {self.path} and run the task that made it again"
-                )
-            self._checked.add(name)
-        return path
+    @cached_property
+    def proofs(self) -> Proofs:
+        """Which of its files were proven, and when they were last written then."""
+        return Proofs(self.path)
 
     def parts(self, prefix: str = "part-") -> list[str]:
         """Return the names of the data files in their order."""
         return [name for name in self.names if name.startswith(prefix)]
 
+    def file(self, name: str, tick: Tick = lambda count: None) -> Path:
+        """Return the path of a file, which is read in full against its checksum the first time this process asks.
 
-def open_artifact(path: Path, *kinds: str, where: str = "") -> Artifact:
+        Raises:
+            ArtifactError: If the artifact has no such file, or it is damaged, or cannot be fetched.
+        """
+        if name not in self._checked:
+            self._check(name, self._record(name), tick)
+            self._checked.add(name)
+        return self.path / name
+
+    def proven_file(self, name: str) -> Path:
+        """Return the path of a file that was proven since it was last written: at the cost of a stat, else as `file`.
+
+        Raises:
+            ArtifactError: As `file`.
+        """
+        if name in self._checked or self.proofs.hold(name, self._record(name).xxh128):
+            return self.path / name
+        return self.file(name)
+
+    def prove(self, names: Sequence[str]) -> None:
+        """Read those files in full that were written since they were last proven, of any number in well under a second.
+
+        Of several processes that ask for it one reads, and the others wait. Files that are yet to be fetched are left
+        out: they are proven as they come.
+
+        Raises:
+            ArtifactError: For the first that is damaged.
+        """
+        if not self._unproven(names):
+            return
+        with alone(self.path / WORK / "proving.lock"):
+            self.proofs.read()
+            for problem in self.check(self._unproven(names), f"proving {self.place}"):
+                raise ArtifactError(problem)
+
+    def check(self, names: Sequence[str], what: str) -> Iterator[str]:
+        """Read files in full, several at a time, with a progress line that begins with `what`; yield every problem."""
+        progress = Progress(what, sum(self._record(name).bytes for name in names) / 1e6, "MB")
+        with ThreadPoolExecutor(max(4, cpus())) as pool:
+            try:
+                yield from filter(None, pool.map(lambda name: self._problem(name, progress), names))
+            finally:
+                pool.shutdown(cancel_futures=True)
+                progress.close()
+
+    def _problem(self, name: str, progress: Progress) -> str | None:
+        try:
+            self.file(name, lambda count: progress.advance(count / 1e6))
+        except ArtifactError as error:
+            return str(error)
+        return None
+
+    def _unproven(self, names: Sequence[str]) -> list[str]:
+        lacking = self.proofs.lacking((name, self._record(name).xxh128) for name in names)
+        return [name for name in lacking if self.url is None or (self.path / name).exists()]
+
+    def _record(self, name: str) -> FileRecord:
+        record = self.manifest.files.get(name)
+        if record is None:
+            raise ArtifactError(f"{self.place}: has no file '{name}'; it is a {self.manifest.kind} artifact")
+        return record
+
+    def _check(self, name: str, wanted: FileRecord, tick: Tick) -> None:
+        path = self.path / name
+        if self.url is None or path.exists():
+            size, xxh128 = self.proofs.prove(name, path, tick)
+            if (size, xxh128) == (wanted.bytes, wanted.xxh128):
+                return
+            self.proofs.withdraw(name)
+            if self.url is None:
+                raise ArtifactError(
+                    f"{path}: damaged: wanted {wanted.bytes} bytes with xxh128 {wanted.xxh128}, found {size} "
+                    f"with {xxh128}; delete {self.path} and run the task that made it again"
+                )
+        from pipeline.remote import fetch
+
+        fetch(f"{self.url}/{name}", path, wanted, self.proofs)
+
+
+def open_artifact(path: Path, *kinds: str, where: str = "", whole: bool = True) -> Artifact:
     """Open the complete artifact in `path`.
 
     Args:
         kinds: Kinds of artifact that will do; any if none is given.
         where: Dotted path of the setting that names it, for messages.
+        whole: Whether to look that every file is there and of its size.
 
     Raises:
         ArtifactError: If there is none, it is unfinished, of another kind, or a file is missing or of another size.
@@ -123,27 +208,60 @@ def open_artifact(path: Path, *kinds: str, where: str = "") -> Artifact:
         raise ArtifactError(f"{place}: no such directory; wanted {_a_kind(kinds)}")
     if not (path / MANIFEST).is_file():
         raise ArtifactError(f"{place}: has no {MANIFEST}, so it is unfinished; run the task that makes it")
-    manifest = read_manifest(path)
-    if kinds and manifest.kind not in kinds:
-        raise ArtifactError(f"{place}: wanted {_a_kind(kinds)}, found one of kind '{manifest.kind}'")
-    for name, record in manifest.files.items():
-        size = (path / name).stat().st_size if (path / name).is_file() else None
+    artifact = Artifact(path, read_manifest(path), _read_origin(path))
+    if kinds and artifact.manifest.kind not in kinds:
+        place = f"{where}: {artifact.place}" if where else artifact.place
+        raise ArtifactError(f"{place}: wanted {_a_kind(kinds)}, found one of kind '{artifact.manifest.kind}'")
+    if whole and artifact.url is None:
+        _check_sizes(artifact)
+    return artifact
+
+
+def _check_sizes(artifact: Artifact) -> None:
+    directory = str(artifact.path)
+    for name, record in artifact.manifest.files.items():
+        try:
+            status = os.stat(f"{directory}/{name}")  # noqa: PTH116 (Path.stat takes three times as long)
+            size = status.st_size if stat.S_ISREG(status.st_mode) else None
+        except (FileNotFoundError, NotADirectoryError):
+            size = None
         if size != record.bytes:
             found = "no such file" if size is None else f"{size}"
             raise ArtifactError(
-                f"{path / name}: damaged: wanted {record.bytes} bytes, found {found}; "
-                f"delete {path} and run the task that made it again"
+                f"{artifact.path / name}: damaged: wanted {record.bytes} bytes, found {found}; "
+                f"delete {artifact.path} and run the task that made it again"
             )
-    return Artifact(path, manifest)
+
+
+def _read_origin(path: Path) -> str | None:
+    """Return the URL that the files of a cached artifact come from, or null for one that was made here."""
+    try:
+        return (path / ORIGIN).read_text("utf-8").strip()
+    except FileNotFoundError:
+        return None
 
 
 def read_manifest(path: Path) -> Manifest:
     """Read the manifest in directory `path`. Raises ArtifactError if it is not one of ours."""
+    return parse_manifest((path / MANIFEST).read_bytes(), str(path / MANIFEST))
+
+
+def parse_manifest(text: bytes, place: str) -> Manifest:
+    """Return the manifest in `text`, which was read from `place`. Raises ArtifactError if it is not one of ours."""
+    collects = gc.isenabled()
+    gc.disable()  # which would look at 100,000 new records again and again
     try:
-        return decode(Manifest, json.loads((path / MANIFEST).read_text("utf-8")))
+        return Manifest.model_validate_json(text)
+    except ValidationError:
+        pass  # for words of ours
+    finally:
+        if collects:
+            gc.enable()
+    try:
+        return decode(Manifest, json.loads(text))
     except (ConfigError, ValueError) as error:
         problem = str(error).splitlines()[0]
-        raise ArtifactError(f"{path / MANIFEST}: not a manifest of this version ({problem}); make it again") from None
+        raise ArtifactError(f"{place}: not a manifest of this version ({problem}); make it again") from None
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -153,25 +271,23 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 def record_file(path: Path) -> FileRecord:
     """Return size and xxh128 of a file. Raises ArtifactError if it is gone."""
-    digest, size = xxhash.xxh3_128(), 0
     try:
-        with open(path, "rb", buffering=0) as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-                size += len(block)
+        return FileRecord(bytes=path.stat().st_size, xxh128=hash_file(path))
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file, but the manifest lists it; make the artifact again") from None
-    return FileRecord(bytes=size, xxh128=digest.hexdigest())
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """Give a temporary path to write to; on success it becomes `path`, durably, in one step.
+
+    Args:
+        temporary: One that only this process uses, where several may write the same file.
 
     Raises:
         ArtifactError: If the disk is full.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary or path.with_name(path.name + ".tmp")
     try:
         yield temporary
         temporary.chmod(0o666 & ~UMASK)  # whatever a library chose

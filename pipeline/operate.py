@@ -1,4 +1,4 @@
-"""What a person sees: the settings of a stage, the plan before a job, the table after it."""
+"""What a person sees: the settings of a stage, the plan before a job, the table after it; and artifacts by name."""
 
 import json
 from collections.abc import Mapping
@@ -8,11 +8,33 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.errors import ConfigError
+from pipeline.artifact import Artifact
+from pipeline.errors import ArtifactError, ConfigError
 from pipeline.plan import Command, Task
+from pipeline.progress import clock
+from pipeline.remote import is_url, open_anywhere
 from pipeline.settings import nearest
-from pipeline.stage import Stage, clock
+from pipeline.stage import Stage
 from pipeline.stages import AnyStage
+
+
+def find_artifact(name: str, root: Path, *kinds: str, whole: bool = True) -> Artifact:
+    """Open what a person calls an artifact: a path, a URL, or JOB.TASK for what that job last made.
+
+    Args:
+        whole: Whether every file must be there and of its size.
+
+    Raises:
+        ArtifactError: If there is none, with the nearest name of a job or task.
+    """
+    job, _, task = name.rpartition(".")
+    if is_url(name) or Path(name).exists() or not job or "/" in name:
+        return open_anywhere(name, root, *kinds, whole=whole)
+    for directory, wanted, noun in ((root / "jobs", job, "job"), (root / "jobs" / job, task, "task")):
+        known = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
+        if wanted not in known:
+            raise ArtifactError(f"{name}: no {noun} called '{wanted}' has run in {directory}{nearest(wanted, known)}")
+    return open_anywhere(str(root / "jobs" / job / task), root, *kinds, whole=whole)
 
 
 def print_plan(tasks: list[Task], command: Command) -> None:

@@ -14,6 +14,7 @@ from pipeline.artifact import MANIFEST, WORK, Artifact, open_artifact, read_mani
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.launch import AnyRun
 from pipeline.launch.local import Local
+from pipeline.remote import is_url, open_anywhere
 from pipeline.settings import Input, Settings, Source, decode, encode, fingerprint, marked, nearest
 from pipeline.stage import Stage, TaskName
 from pipeline.stages import AnyStage
@@ -52,6 +53,7 @@ class Task:
     Attributes:
         where: Dotted path of its settings.
         needs: The tasks whose output it reads, by the dotted path of the setting that names each.
+        outside: Path or URL of the artifacts that no task of the job makes, by the same.
         inputs: Directory of each input, by the same.
         sources: Identity of its raw files at planning, by the same.
         done: Its artifact, if that is complete.
@@ -62,6 +64,7 @@ class Task:
     where: str
     stage: AnyStage
     needs: dict[str, str] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, Path] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
@@ -85,13 +88,18 @@ def plan(command: Command, job: str | None) -> list[Task]:
         raise ConfigError("tracker.kind: tensorboard is not installed; pip install -e '.[tensorboard]' brings it")
     if command.stage is None and not command.tasks:
         raise ConfigError("tasks: the job has none")
+    if is_url(command.root):
+        raise ConfigError(
+            f"root: wanted a directory of this machine, found '{command.root}'; an input may be a URL, but artifacts "
+            "are written to a disk"
+        )
     if command.stage is not None:
         tasks = {str(command.stage.kind): Task(command.stage.kind, "stage", command.stage)}
     else:
         tasks = {name: Task(name, f"tasks.{name}", stage) for name, stage in command.tasks.items()}
     _connect(tasks)
     ordered = _order(tasks)
-    outside = {task.name: _open_outside(task) for task in ordered}
+    outside = {task.name: _open_outside(task, Path(command.root)) for task in ordered}
     _check(ordered, tasks, outside, command)
     for task in ordered:
         _place(task, tasks, outside[task.name], Path(command.root), job)
@@ -105,7 +113,7 @@ def _connect(tasks: Mapping[str, Task]) -> None:
         for name, mark, value in marked(task.stage, Input):
             place = f"{task.where}.{name}"
             if not value.startswith("@"):
-                task.inputs[name] = Path(value)
+                task.outside[name] = value
                 continue
             other = tasks.get(value[1:])
             if other is None:
@@ -131,11 +139,11 @@ def _order(tasks: Mapping[str, Task]) -> list[Task]:
         raise ConfigError(f"tasks: these need one another, so none can be first: {cycle}") from None
 
 
-def _open_outside(task: Task) -> dict[str, Artifact]:
+def _open_outside(task: Task, root: Path) -> dict[str, Artifact]:
     kinds = {name: mark.kinds for name, mark, _ in marked(task.stage, Input)}
     return {
-        name: open_artifact(path.resolve() if path.exists() else path, *kinds[name], where=f"{task.where}.{name}")
-        for name, path in task.inputs.items()
+        name: open_anywhere(place, root, *kinds[name], where=f"{task.where}.{name}")
+        for name, place in task.outside.items()
     }
 
 
@@ -147,18 +155,19 @@ def _check(
     for task in ordered:
         upstream: dict[str, Stage] = {name: tasks[other].stage for name, other in task.needs.items()}
         for name, artifact in outside[task.name].items():
-            upstream[name] = _stage_of(artifact)
+            upstream[name] = stage_of(artifact)
         problems += [f"{task.where}.{name}: {problem}" for name, problem in task.stage.check(upstream, command.run)]
     if problems:
         raise ConfigError(*problems)
 
 
-def _stage_of(artifact: Artifact) -> Stage:
+def stage_of(artifact: Artifact) -> Stage:
+    """Return the stage that made an artifact. Raises ArtifactError if this version does not know its settings."""
     try:
         return decode(StageHolder, {"stage": artifact.manifest.stage}).stage
     except ConfigError as error:
         raise ArtifactError(
-            f"{artifact.path}: made by another version, whose settings this one does not know ({error.problems[0]}); "
+            f"{artifact.place}: made by another version, whose settings this one does not know ({error.problems[0]}); "
             "make it again"
         ) from None
 

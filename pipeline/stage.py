@@ -5,9 +5,7 @@ ranks, and may check and complete the numbers before the artifact is published.
 """
 
 import json
-import os
 import tempfile
-import time
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +16,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
-from pipeline.artifact import WORK, Artifact, FileRecord, atomic, record_file, write_json
+from pipeline.artifact import WORK, Artifact, FileRecord, atomic, write_json
 from pipeline.env import Ranks
 from pipeline.errors import Preempted
+from pipeline.progress import Progress
+from pipeline.proof import Proofs, settle
 from pipeline.settings import Choice, Settings, decode, encode
 from pipeline.track import Tracker
 
@@ -68,17 +68,23 @@ class Output:
         self.directory = directory
         self.files: dict[str, FileRecord] = {}
         self.stats: Stats = defaultdict(int)
+        self.proofs = Proofs(directory)
 
     @contextmanager
     def write(self, name: str) -> Iterator[Path]:
         """Give a path to write a file to; on success the file is durable, named `name` and in the manifest."""
         with atomic(self.directory / name) as temporary:
             yield temporary
-            self.files[name] = record_file(temporary)
+            settle(temporary)
+            self._record(name, temporary)
 
     def add(self, name: str) -> None:
         """Put a file that is already in the directory into the manifest."""
-        self.files[name] = record_file(self.directory / name)
+        self._record(name, self.directory / name)
+
+    def _record(self, name: str, path: Path) -> None:
+        num_bytes, xxh128 = self.proofs.prove(name, path)
+        self.files[name] = FileRecord(bytes=num_bytes, xxh128=xxh128)
 
     def save(self, path: Path) -> None:
         """Leave a durable note of what was made."""
@@ -130,6 +136,14 @@ class Stage(Choice):
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
         """Return an estimate of the disk space that the output needs, given the size of all inputs."""
         return input_bytes
+
+    def verify(self, artifact: Artifact, inputs: Mapping[str, Artifact]) -> Iterator[str]:
+        """Yield, a line each, what is wrong with an artifact of this stage though its checksums are right.
+
+        Called by `python -m pipeline verify` once every file is proven: the place to make again by plain means what
+        was made by fast ones. `inputs` has what the artifact was made of, by field, where that is still there.
+        """
+        return iter(())
 
     @classmethod
     def headline(cls, stats: Stats) -> tuple[str, str]:
@@ -210,7 +224,7 @@ class Context:
             progress.advance()
         progress.close()
 
-    def progress(self, total: int, noun: str, start: int = 0) -> "Progress":
+    def progress(self, total: float, noun: str, start: float = 0) -> Progress:
         """Return a progress line for `total` things; only rank 0 shows it."""
         return Progress(self.task, total, noun, start, show=self.rank == 0)
 
@@ -231,52 +245,3 @@ def read_outputs(directory: Path) -> tuple[dict[str, FileRecord], Stats]:
             counted = isinstance(value, int | float) and name in stats
             stats[name] = stats[name] + value if counted else value
     return files, stats
-
-
-class Progress:
-    """One line that says how far a long piece of work is, its rate and the time left.
-
-    Redrawn in place on a terminal (the launcher passes on whether there is one), else a line every 15 seconds.
-    """
-
-    def __init__(self, task: str, total: int, noun: str, start: int, show: bool) -> None:
-        self.task, self.total, self.noun, self.show = task, total, noun, show
-        self.done, self.start, self.began = start, start, time.monotonic()
-        self.redraw = terminal_width() is not None
-        self.shown = self.began if not self.redraw else 0.0
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more done; `note` follows the rate."""
-        self.done += count
-        now = time.monotonic()
-        if self.show and now - self.shown >= (0.2 if self.redraw else 15.0):
-            self.shown = now
-            self._draw(now - self.began, note)
-
-    def close(self) -> None:
-        """Take the line off the terminal."""
-        if self.show and self.redraw:
-            print("\r\x1b[2K", end="", flush=True)
-
-    def _draw(self, elapsed_s: float, note: str) -> None:
-        rate = (self.done - self.start) / max(elapsed_s, 1e-9)
-        left = clock((self.total - self.done) / rate) if rate else "?"
-        share = f"{100 * self.done / self.total:.0f} %" if self.total else ""
-        line = f"{self.task}  {self.done:,}/{self.total:,} {self.noun}  {share}  {rate:,.1f}/s  {left} left  {note}"
-        if self.redraw:
-            print(f"\r\x1b[2K{line[: (terminal_width() or 80) - 1]}", end="", flush=True)
-        else:
-            print(line, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Return seconds as 1:05 or 2:03:04."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def terminal_width() -> int | None:
-    """Return the width of the terminal that the launcher writes to, or null where it is none."""
-    width = os.environ.get("PIPELINE_TERMINAL_WIDTH")
-    return int(width) if width else None

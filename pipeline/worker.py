@@ -89,7 +89,7 @@ def publish(task: FrozenTask, seconds: float, num_ranks: int) -> Manifest:
         stage=encode(task.stage),
         inputs={
             name: InputRecord(
-                path=os.path.relpath(artifact.path.resolve(), ctx.directory.resolve()),
+                path=artifact.url or os.path.relpath(artifact.path.resolve(), ctx.directory.resolve()),
                 fingerprint=artifact.manifest.fingerprint,
             )
             for name, artifact in ctx.inputs.items()

@@ -3,7 +3,8 @@ import pytest
 from pipeline.env import Ranks
 from pipeline.errors import Preempted
 from pipeline.launch.local import Local
-from pipeline.stage import Context, Progress, clock, read_outputs
+from pipeline.progress import Progress, clock
+from pipeline.stage import Context, read_outputs
 
 
 def context(directory, rank=0, world=1, **more):
