@@ -18,6 +18,7 @@ class Entry:
         amount: How much it did, in words.
         result: The number that matters, in words.
         lengths: Of a tokens artifact, how many documents there are of each number of tokens.
+        vocabulary: Of a tokens artifact, how its tokenizer fares: what `vocabulary.json` holds.
         samples: Of a samples artifact, its rows: each a prompt and its continuation.
     """
 
@@ -26,6 +27,7 @@ class Entry:
     amount: str = ""
     result: str = ""
     lengths: Mapping[int, int] = field(default_factory=dict)
+    vocabulary: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
 
     @property

@@ -10,6 +10,7 @@ from pipeline.report.numerals import plural, when
 from pipeline.report.sections import comparison, evaluation, funnel, lengths, samples, training
 from pipeline.report.summary import sentence, tiles
 from pipeline.report.tables import configuration, task_table
+from pipeline.report.vocabulary import vocabulary
 
 
 def render(title: str, entries: Sequence[Entry]) -> str:
@@ -24,6 +25,7 @@ def render(title: str, entries: Sequence[Entry]) -> str:
         ("tasks", "What each task did", task_table(entries)),
         ("corpus", "What was kept of the text", funnel(entries)),
         ("lengths", "How long the documents are", lengths(entries)),
+        ("vocabulary", "How the tokenizer fits the text", vocabulary(entries)),
         ("training", "How training went", training(entries)),
         ("evaluation", "How well the model predicts", evaluation(entries)),
         ("comparison", "What pretraining was worth", comparison(entries)),

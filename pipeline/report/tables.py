@@ -66,7 +66,7 @@ def _details(entry: Entry) -> Html:
     groups: list[tuple[str, list[tuple[str, Child]]]] = [
         ("Settings", [(name, el("code", _written(value))) for name, value in flat(manifest.stage)]),
         ("Inputs", inputs),
-        ("Numbers", [(name, _counted(value)) for name, value in flat(manifest.stats)]),
+        ("Numbers", [(name, _counted(value)) for name, value in manifest.stats.items() if not _is_listing(value)]),
         ("Made", list(made.items())),
     ]
     summary = el(
@@ -88,6 +88,11 @@ def _group(title: str, rows: Iterable[tuple[str, Child]]) -> Html:
 def _written(value: Any) -> str:
     """Return a setting as it would stand in YAML, more or less."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _is_listing(value: Any) -> bool:
+    """Return whether a statistic is a listing for programs, such as of every file."""
+    return isinstance(value, Mapping)
 
 
 def _counted(value: Any) -> str:

@@ -22,7 +22,7 @@ class Report(Stage):
         title: Heading of the page.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     produces: ClassVar[str] = "report"
     result: ClassVar[str | None] = PAGE
 
@@ -48,7 +48,8 @@ class Report(Stage):
         entries = []
         for name, artifact in artifacts.items():
             amount, result = _headline(artifact)
-            entries.append(Entry(name, artifact, amount, result, _lengths(artifact), _samples(artifact)))
+            drawn = (_lengths(artifact), _vocabulary(artifact), _samples(artifact))
+            entries.append(Entry(name, artifact, amount, result, *drawn))
         page = render(self.title, entries).encode()
         with ctx.output.write(PAGE) as path:
             path.write_bytes(page)
@@ -78,12 +79,24 @@ def _lengths(artifact: Artifact) -> Mapping[int, int]:
         return counts
     import numpy as np
 
-    from pipeline.text.arrow import open_tokens
+    from pipeline.text.token_parts import open_tokens
 
-    for name in artifact.parts():
-        sizes, numbers = np.unique(np.diff(open_tokens(artifact.file(name)).offsets), return_counts=True)
-        counts.update(dict(zip(sizes.tolist(), numbers.tolist(), strict=True)))
+    for name in (*artifact.parts(), *artifact.parts("held-")):
+        part = open_tokens(artifact.file(name))
+        for batch in range(part.num_batches):
+            sizes, numbers = np.unique(np.diff(part.offsets(batch)), return_counts=True)
+            counts.update(dict(zip(sizes.tolist(), numbers.tolist(), strict=True)))
     return counts
+
+
+def _vocabulary(artifact: Artifact) -> dict[str, Any]:
+    """Return how the tokenizer of a tokens artifact fares."""
+    from pipeline.stages.tokenize import VOCABULARY
+
+    if VOCABULARY not in artifact.manifest.files:
+        return {}
+    found: dict[str, Any] = json.loads(artifact.file(VOCABULARY).read_text(encoding="utf-8"))
+    return found
 
 
 def _samples(artifact: Artifact) -> list[dict[str, Any]]:

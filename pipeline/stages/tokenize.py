@@ -1,21 +1,27 @@
-"""A corpus as tokens: memory-mapped streams of ids, one row a document."""
+"""A corpus as tokens: memory-mapped streams of ids, one row a document; held-out documents in files of their own."""
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import xxhash
+from pydantic import Field
 
+from pipeline.artifact import WORK, Artifact
 from pipeline.errors import ArtifactError
 from pipeline.settings import Input, nearest
-from pipeline.stage import Context, Run, Stage, Stats, Unit
+from pipeline.stage import Context, Run, Stage, Stats
 from pipeline.stages.train_tokenizer import TrainTokenizer
-from pipeline.text.arrow import Document, read_corpus, write_tokens
+from pipeline.text.arrow import sample_texts
 from pipeline.text.corpus import check_books
 from pipeline.text.tokenizers import END_OF_TEXT, TOKENIZER, Tokenizer, load
 
-BATCH_CHARS = 1 << 20
+VOCABULARY = "vocabulary.json"
+HELD = "held-"
+ENCODING = "encoding"  # in work/: the parts that are being encoded
+SAMPLE_PARTS, SAMPLE_TEXTS, SAMPLE_CHARS = 3, 16, 2000  # what the engine is proven on
+PART_TOKENS = "part_tokens."
 
 
 class Tokenize(Stage):
@@ -23,9 +29,10 @@ class Tokenize(Stage):
 
     Attributes:
         end_of_text: The token that ends a document; an id that no text is encoded to.
+        held_out_fraction: Share of the documents that are kept from training, chosen by their text alone.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     produces: ClassVar[str] = "tokens"
     ranks: ClassVar[Literal["one", "units", "group"]] = "units"
 
@@ -33,6 +40,7 @@ class Tokenize(Stage):
     corpus: Annotated[str, Input("corpus")]
     tokenizer: Annotated[str, Input("tokenizer", "export")]
     end_of_text: str = END_OF_TEXT
+    held_out_fraction: float = Field(default=0.02, ge=0, lt=1)
 
     @classmethod
     def headline(cls, stats: Stats) -> tuple[str, str]:
@@ -48,26 +56,78 @@ class Tokenize(Stage):
 
     def run(self, ctx: Context) -> None:
         """Encode this rank's parts."""
+        from pipeline.text.encoding import Encoder, PartEncoder
+        from pipeline.text.engine import choose_engine
+
         corpus, source = ctx.inputs["corpus"], ctx.inputs["tokenizer"].file(TOKENIZER)
         tokenizer = load(source)
         end = self._end_id(tokenizer, source)
         if ctx.rank == 0:
             with ctx.output.write(TOKENIZER) as path:
                 shutil.copyfile(source, path)
+        engine = choose_engine(tokenizer, sample_corpus(corpus))
+        ctx.log(f"encoding with {engine.name}" + (f": {engine.why}" if engine.why else ""))
+        ctx.output.stats["engine"] = engine.name
+        encoder = Encoder(tokenizer, engine, end, self.held_out_fraction)
+        directory = ctx.directory / WORK / ENCODING
         for unit in ctx.units(corpus.parts(), "parts"):
-            _encode(corpus.file(unit.name), tokenizer, end, unit)
+            files = PartEncoder(encoder, corpus.file(unit.name), directory).run(ctx.should_stop)
+            for name, written in files.items():
+                with unit.write(name) as path:
+                    (directory / name).replace(path)
+                for total in ("", "held_out.") if name.startswith(HELD) else ("",):
+                    unit.stats[f"{total}documents"] += written.documents
+                    unit.stats[f"{total}tokens"] += written.tokens
+                    unit.stats[f"{total}bytes"] += written.bytes
+                unit.stats["documents_in"] += written.documents
+                unit.stats[PART_TOKENS + name] = written.tokens
 
     def finish(self, ctx: Context, stats: Stats) -> Stats:
-        """Check that every document is there, and say what the tokens are."""
+        """Check that every document is there, and say what the tokens are and how the tokenizer fared."""
+        from pipeline.text.encoding import read_tally
+        from pipeline.text.vocabulary import describe, headline
+
         check_books(ctx, stats, ctx.inputs["corpus"].stats["documents"])
+        held = {f"held_out.{name}": stats.pop(f"held_out.{name}", 0) for name in ("documents", "tokens", "bytes")}
+        if held["held_out.documents"] == stats["documents"]:
+            raise ArtifactError(
+                f"{ctx.task}: all {stats['documents']:,} documents are held out, so there are none to train on; "
+                f"held_out_fraction is {self.held_out_fraction}: lower it, or read more text"
+            )
         source = ctx.inputs["tokenizer"].file(TOKENIZER)
         tokenizer = load(source)
-        return stats | {
+        end, special = self._end_id(tokenizer, source), list(tokenizer.special_tokens.values())
+        tally = read_tally(ctx.directory / WORK / ENCODING, tokenizer.vocab_size)
+        if int(tally.counts.sum()) != stats["tokens"]:
+            raise ArtifactError(
+                f"{ctx.directory}: {stats['tokens']:,} tokens were written and {int(tally.counts.sum()):,} counted; "
+                "delete this directory and run again"
+            )
+        with ctx.output.write(VOCABULARY) as path:
+            path.write_text(json.dumps(describe(tally, special, tokenizer.decode), ensure_ascii=False), "utf-8")
+        shutil.rmtree(ctx.directory / WORK / ENCODING)
+        parts = {name: stats.pop(name) for name in sorted(stats) if name.startswith(PART_TOKENS)}
+        return {
+            **stats,
+            **held,
             "vocab_size": tokenizer.vocab_size,
-            "end_of_text_id": self._end_id(tokenizer, source),
-            "bytes_per_token": stats["bytes"] / stats["tokens"],
+            "end_of_text_id": end,
+            "max_token_id": int(tally.counts.nonzero()[0][-1]),
             "dtype": tokenizer.dtype,
+            "bytes_per_token": stats["bytes"] / stats["tokens"],
+            **headline(tally, special),
+            "part_tokens": {name.removeprefix(PART_TOKENS): count for name, count in parts.items()},
         }
+
+    def verify(self, artifact: Artifact, inputs: Mapping[str, Artifact]) -> Iterator[str]:
+        """Encode the corpus again with the plain library, and yield what is not what was stored."""
+        from pipeline.text.encoding import compare_part
+
+        corpus, source = inputs["corpus"], inputs["tokenizer"].file(TOKENIZER)
+        tokenizer = load(source)
+        end = self._end_id(tokenizer, source)
+        for name in corpus.parts():
+            yield from compare_part(artifact, corpus.file(name), tokenizer, end, self.held_out_fraction)
 
     def _end_id(self, tokenizer: Tokenizer, path: Path) -> int:
         number = tokenizer.token_id(self.end_of_text)
@@ -77,35 +137,8 @@ class Tokenize(Stage):
         return number
 
 
-def _encode(part: Path, tokenizer: Tokenizer, end: int, unit: Unit) -> None:
-    """Write the tokens of a corpus part, in memory but for its text."""
-    import numpy as np
-
-    ids, sizes, hashes, values, lengths = [], [], [], [], []
-    for batch in _batches(read_corpus(part)):
-        encoded, counts = tokenizer.encode_batch([document.text for document in batch], end)
-        values.append(encoded)
-        lengths.append(counts)
-        for document in batch:
-            text = document.text.encode()
-            ids.append(document.id)
-            sizes.append(len(text))
-            hashes.append(xxhash.xxh3_64_intdigest(text))
-    tokens = np.concatenate(values)
-    with unit.write(unit.name) as path:
-        write_tokens(path, ids, tokens, np.concatenate(lengths), np.array(sizes), np.array(hashes, np.uint64))
-    unit.stats |= {"documents_in": len(ids), "documents": len(ids), "tokens": len(tokens), "bytes": sum(sizes)}
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Yield documents in lists of about `BATCH_CHARS` of text."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def sample_corpus(corpus: Artifact) -> list[str]:
+    """Return some texts from all over the corpus; the same on every rank."""
+    parts = corpus.parts()
+    chosen = dict.fromkeys(parts[number * len(parts) // SAMPLE_PARTS] for number in range(SAMPLE_PARTS))
+    return [text[:SAMPLE_CHARS] for name in chosen for text in sample_texts(corpus.file(name), SAMPLE_TEXTS)]

@@ -1,4 +1,4 @@
-"""The only door to pyarrow: parts of a corpus, of its rejects and of its tokens, and tables from outside.
+"""A door to pyarrow: parts of a corpus and of its rejects, and tables from outside.
 
 pyarrow and numpy are imported inside the functions, because a run that has nothing to do imports this module too.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -91,6 +91,62 @@ def read_corpus(path: Path) -> Iterator[Document]:
         yield from map(Document, *columns)
 
 
+@dataclass(frozen=True)
+class TextBatch:
+    """Neighbouring documents of a corpus part.
+
+    Attributes:
+        columns: `id`, `source` and `meta` as Arrow arrays.
+        texts: UTF-8.
+        num_bytes: Length of each text.
+    """
+
+    columns: dict[str, Any]
+    texts: list[bytes]
+    num_bytes: npt.NDArray[np.int64]
+
+    def distinct(self, name: str) -> tuple[list[str], npt.NDArray[np.int64]]:
+        """Return (the different values of a column, the number of each document's value among them)."""
+        import numpy as np
+
+        coded = self.columns[name].dictionary_encode()
+        return coded.dictionary.to_pylist(), coded.indices.to_numpy().astype(np.int64)
+
+
+def read_texts(path: Path, num_bytes: int, skip: int = 0) -> Iterator[TextBatch]:
+    """Yield a corpus part in batches that hold at least `num_bytes` of text, but for the last.
+
+    Where they begin depends on the part alone if `skip`, the number of documents to leave out, ends such a batch.
+    """
+    import pyarrow as pa
+
+    held: list[Any] = []
+    held_bytes = 0
+    with _readable_errors(path), pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+        for batch in stream:
+            left_out = min(skip, batch.num_rows)
+            skip -= left_out
+            if left_out < batch.num_rows:
+                held.append(batch.slice(left_out))
+                places = _text_places(held[-1])
+                held_bytes += int(places[-1] - places[0])
+            if held_bytes >= num_bytes:
+                yield _text_batch(held)
+                held, held_bytes = [], 0
+        if held:
+            yield _text_batch(held)
+
+
+def sample_texts(path: Path, count: int) -> list[str]:
+    """Return some texts of a corpus part, spread evenly over its documents."""
+    import pyarrow as pa
+
+    with _readable_errors(path), pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+        texts = pa.Table.from_batches(stream, stream.schema).column("text")
+        count = min(count, len(texts))
+        return [texts[number * len(texts) // count].as_py() for number in range(count)]
+
+
 def read_ids(path: Path) -> Iterator[str]:
     """Yield the document ids of a corpus or tokens part, without reading the texts."""
     for columns in _columns(path, ["id"]):
@@ -101,74 +157,6 @@ def read_rejects(path: Path) -> Iterator[Reject]:
     """Yield the rejects of one part."""
     for columns in _columns(path):
         yield from map(Reject, *columns)
-
-
-@dataclass(frozen=True)
-class TokenPart:
-    """A tokens part, memory-mapped: document i is `values[offsets[i]:offsets[i + 1]]`.
-
-    Attributes:
-        values: All tokens of the part in their order, uint16 or uint32.
-        offsets: One more than there are documents.
-        num_bytes: UTF-8 bytes of each document's text.
-        text_hash: xxh3_64 of each document's UTF-8 text.
-    """
-
-    values: npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-    offsets: npt.NDArray[np.int32]
-    num_bytes: npt.NDArray[np.int64]
-    text_hash: npt.NDArray[np.uint64]
-    _ids: Any = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.num_bytes)
-
-    @property
-    def ids(self) -> list[str]:
-        """The document ids; made anew at every call."""
-        ids: list[str] = self._ids.to_pylist()
-        return ids
-
-
-def write_tokens(
-    path: Path,
-    ids: Sequence[str],
-    values: npt.NDArray[Any],
-    lengths: npt.NDArray[np.int64],
-    num_bytes: npt.NDArray[np.int64],
-    text_hash: npt.NDArray[np.uint64],
-) -> None:
-    """Write a tokens part: `values` are the tokens of all documents, `lengths` how many each has."""
-    import numpy as np
-    import pyarrow as pa
-
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    columns = {
-        "id": pa.array(ids, pa.string()),
-        "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)),
-        "num_bytes": pa.array(num_bytes, pa.int64()),
-        "text_hash": pa.array(text_hash, pa.uint64()),
-    }
-    batch = pa.record_batch(columns)  # one batch, so that the tokens lie in one buffer
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, batch.schema) as stream:
-        stream.write_batch(batch)
-
-
-def open_tokens(path: Path) -> TokenPart:
-    """Map a tokens part into memory; the arrays are views of the file."""
-    import pyarrow as pa
-
-    with _readable_errors(path), pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
-        batch = stream.read_next_batch()
-        tokens = batch.column("input_ids")
-        return TokenPart(
-            values=tokens.values.to_numpy(),
-            offsets=tokens.offsets.to_numpy(),
-            num_bytes=batch.column("num_bytes").to_numpy(),
-            text_hash=batch.column("text_hash").to_numpy(),
-            _ids=batch.column("id"),
-        )
 
 
 def open_decompressed(path: Path) -> BinaryIO:
@@ -255,6 +243,30 @@ def _columns(path: Path, names: list[str] | None = None) -> Iterator[list[list[A
     with _readable_errors(path), pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
         for batch in stream:
             yield [column.to_pylist() for column in (batch.select(names) if names else batch).columns]
+
+
+def _text_batch(batches: Sequence[Any]) -> TextBatch:
+    import numpy as np
+    import pyarrow as pa
+
+    columns = {name: pa.concat_arrays([batch.column(name) for batch in batches]) for name in ("id", "source", "meta")}
+    sizes = np.concatenate([np.diff(_text_places(batch)) for batch in batches])
+    return TextBatch(columns, list(itertools.chain.from_iterable(map(_texts, batches))), sizes)
+
+
+def _texts(batch: Any) -> list[bytes]:
+    """Return the texts of a record batch, copied out of the file."""
+    places = _text_places(batch)
+    content = bytes(memoryview(batch.column("text").buffers()[2] or b"")[places[0] : places[-1]])
+    return [content[start:stop] for start, stop in itertools.pairwise((places - places[0]).tolist())]
+
+
+def _text_places(batch: Any) -> npt.NDArray[np.int64]:
+    """Return the byte at which each text of a record batch begins, and at which the last one ends."""
+    import numpy as np
+
+    texts = batch.column("text")
+    return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset :][: len(texts) + 1]
 
 
 def _values(column: Any) -> list[Any]:

@@ -70,6 +70,23 @@ def metrics(steps, prefix="", first=0, valid_every=10):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+VOCABULARY = {
+    "vocab_size": 8,
+    "fertility": 1.25,
+    "unused_fraction": 2 / 7,
+    "round_trip_documents": 4,
+    "round_trip_fraction": 0.75,
+    "sampled": {"documents": 4, "exact": 3, "tokens": 500, "words": 400},
+    "sources": [
+        {"name": "<books>", "documents": 500, "bytes": 300_000, "tokens": 75_000},
+        {"name": "web", "documents": 350, "bytes": 100_000, "tokens": 48_456},
+    ],
+    "languages": [{"name": f"x{n}", "documents": 1, "bytes": 1000 - n, "tokens": 250} for n in range(20)],
+    "longest": [{"id": 5, "text": "  <tr>\n", "count": 1203}, {"id": 7, "text": "\x1b\ufffd", "count": 1}],
+    "unused": {"tokens": 2, "longest": ["zz", "z"]},
+    "counts": [850, 0, 0, 120_000, 1, 1203, 1402, 1],
+}
+
 SAMPLES = [
     {"prompt": "It is a truth", "continuation": " universally acknowledged", "new_tokens": 3},
     {
@@ -90,8 +107,10 @@ def make_whole_job(root):
     add("clean", "corpus", {"kind": "clean", "filters": [{"kind": "length", "min_chars": 20}]}, ["shard"], cleaned)
     add("tokenizer", "tokenizer", {"kind": "train_tokenizer"}, ["clean"], {"vocab_size": 4096})
     counted = {"documents_in": 850, "documents": 850, "tokens": 123_456, "vocab_size": 4096, "dtype": "uint16"}
+    counted |= {"bytes_per_token": 3.24, "part_tokens": {"part-00000.arrow": 120_000, "held-00000.arrow": 3456}}
     inputs = ["clean", "tokenizer"]
-    add("tokens", "tokens", {"kind": "tokenize"}, inputs, counted, lengths={1: 3, 40: 500, 900: 347})
+    drawn = {"lengths": {1: 3, 40: 500, 900: 347}, "vocabulary": VOCABULARY}
+    add("tokens", "tokens", {"kind": "tokenize"}, inputs, counted, **drawn)
     learned = {"parameters": 2_930_000, "steps": 60, "tokens": 245_760, "validation_bits_per_byte": 2.5}
     add("model", "model", {"kind": "pretrain", "clip_norm": 1.0}, ["tokens"], learned, {"metrics.jsonl": metrics(60)})
     scores = {"valid_accuracy": 0.6, "test_accuracy": 0.61, "test_macro_f1": 0.5, "test_examples": 100}

@@ -15,7 +15,18 @@ from pipeline.report.markup import VOID, Html, el, shown
 from pipeline.report.page import render
 from pipeline.report.summary import sentence, tiles
 
-SECTIONS = ["graph", "tasks", "corpus", "lengths", "training", "evaluation", "comparison", "samples", "configuration"]
+SECTIONS = [
+    "graph",
+    "tasks",
+    "corpus",
+    "lengths",
+    "vocabulary",
+    "training",
+    "evaluation",
+    "comparison",
+    "samples",
+    "configuration",
+]
 
 
 class Page(HTMLParser):
@@ -149,6 +160,41 @@ def test_sentence_says_what_there_is(whole_job, job):
     alone = job.add("alone", "model", {"kind": "finetune"}, stats={"test_accuracy": 0.7, "majority.test_accuracy": 0.2})
     assert sentence([alone]) == "Fine-tuned accuracy 0.70 against 0.20 for the majority class."
     assert sentence(pick("tokenizer")).startswith("1 task in 1")
+
+
+def test_how_a_tokenizer_fares_is_shown(whole_job):
+    text = render("Tokens", whole_job.pick("tokens"))
+    page = Page(text)
+    for words in (
+        "bytes a token 3.240 123 k tokens in all",
+        "tokens a word 1.250 between white space, in 4 documents",
+        "never used 28.6 % 2 of 8 tokens",
+        "same when decoded 75.0 % of 4 documents",
+        "Bytes a token by source <books> 4.00 web 2.06",
+        "Bytes a token by language the 12 largest of 20, 60.2 % of the text x0 4.00 x1 4.00",
+        "␣␣<tr>⏎ 1,203",
+        "‹U+001B›\N{REPLACEMENT CHARACTER} 1",
+        "1 times 2 tokens, 33.3 %",
+    ):
+        assert words in page.text, words
+    bars = re.findall(r"width:([\d.]+)%", text.split('id="vocabulary"')[1])
+    assert bars[:2] == ["100", "51.59"]
+
+
+def test_a_tokenizer_whose_text_has_one_source_shows_no_bars(whole_job):
+    entry = whole_job.entries["tokens"]
+    alone = entry.vocabulary | {"sources": entry.vocabulary["sources"][:1], "languages": []}
+    page = Page(render("Tokens", [replace(entry, vocabulary=alone)]))
+    assert "Longest tokens" in page.text
+    assert "by source" not in page.text
+    assert "by language" not in page.text
+
+
+def test_what_is_listed_for_programs_is_not_shown(whole_job):
+    page = Page(render("Tokens", whole_job.pick("tokens")))
+    assert "bytes_per_token 3.240" in page.text
+    assert "held-00000" not in page.text
+    assert "part_tokens" not in page.text
 
 
 def test_parallel_corpora_are_added_up(whole_job):

@@ -1,6 +1,5 @@
 import json
 
-import numpy as np
 import pytest
 
 from pipeline.artifact import InputRecord, Made, Manifest, open_artifact, record_file, write_manifest
@@ -8,10 +7,22 @@ from pipeline.errors import ArtifactError, ConfigError
 from pipeline.settings import Input, decode, encode, marked
 from pipeline.stage import Run
 from pipeline.stages.report import Report
-from pipeline.text.arrow import write_tokens
+from pipeline.text.token_parts import TokenWriter
 
 MADE = Made(version="0", commit=None, python="3", host="here", time="2025-07-03T14:02:11Z", seconds=1.5, ranks=1)
 LENGTHS = [3, 3, 500]
+VOCABULARY = {
+    "vocab_size": 4,
+    "fertility": 1.5,
+    "unused_fraction": 0.25,
+    "round_trip_fraction": 1.0,
+    "sampled": {"documents": 2, "exact": 2, "tokens": 6, "words": 4},
+    "sources": [{"name": "raw", "documents": 6, "bytes": 1012, "tokens": 1012}],
+    "languages": [],
+    "longest": [{"id": 1, "text": "word", "count": 9}],
+    "unused": {"tokens": 1, "longest": ["x"]},
+    "counts": [1000, 9, 3, 0],
+}
 
 
 def make(root, stage, kind, stats, names=(), needs=None):
@@ -37,19 +48,21 @@ def make(root, stage, kind, stats, names=(), needs=None):
 def inputs(tmp_path):
     """Give a corpus, its tokens in two parts, and texts made from them."""
     (tmp_path / "tokenize").mkdir()
-    sizes = np.array(LENGTHS)
-    for name in ("part-00000.arrow", "part-00001.arrow"):
-        identities, tokens = [f"{name}<{row}>" for row in range(3)], np.zeros(sizes.sum(), np.uint16)
-        write_tokens(tmp_path / "tokenize" / name, identities, tokens, sizes, sizes, sizes.astype(np.uint64))
+    parts = ("held-00000.arrow", "part-00000.arrow")
+    for name in parts:
+        with TokenWriter(tmp_path / "tokenize" / name, "uint16") as writer:
+            for length in LENGTHS:
+                writer.add([f"{name}<{length}>"], ["raw"], [0] * length, [length], [length], [length])
+    (tmp_path / "tokenize" / "vocabulary.json").write_text(json.dumps(VOCABULARY))
     (tmp_path / "generate").mkdir()
     rows = [{"prompt": "Once", "continuation": " upon\u2028a <script>", "new_tokens": 3}]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "generate" / "samples.jsonl").write_text(text, encoding="utf-8")
-    parts = ("part-00000.arrow", "part-00001.arrow")
     counted = {"tokens": 1012, "documents": 6, "bytes_per_token": 3.5, "dtype": "uint16", "exact": True}
+    counted |= {"part_tokens": dict.fromkeys(parts, 506)}
     return {
         "tasks.clean": make(tmp_path, "clean", "corpus", {"documents_in": 8, "documents": 6, "dropped.too_short": 2}),
-        "tasks.tokens": make(tmp_path, "tokenize", "tokens", counted, parts, {"corpus": "clean"}),
+        "tasks.tokens": make(tmp_path, "tokenize", "tokens", counted, (*parts, "vocabulary.json"), {"corpus": "clean"}),
         "tasks.texts": make(tmp_path, "generate", "samples", {"prompts": 1, "new_tokens": 3}, ("samples.jsonl",)),
     }
 
@@ -93,6 +106,12 @@ def test_lengths_are_counted_over_all_parts(run_stage, inputs, tmp_path):
     assert "median <tspan>3</tspan>" in page
 
 
+def test_how_the_tokenizer_fares_is_shown(run_stage, inputs, tmp_path):
+    page = page_of(run_stage(report(inputs), inputs, tmp_path / "report"))
+    assert "How the tokenizer fits the text" in page
+    assert "<code>word</code> <small>9</small>" in page
+
+
 def test_samples_are_shown_line_by_line(run_stage, inputs, tmp_path):
     page = page_of(run_stage(report(inputs), inputs, tmp_path / "report"))
     assert '<span class="prompt">Once</span> upon' in page
@@ -107,9 +126,9 @@ def test_numbers_of_another_version_give_no_headline(run_stage, tmp_path):
 
 
 def test_damaged_tokens_are_not_read(run_stage, inputs, tmp_path):
-    path = inputs["tasks.tokens"].path / "part-00001.arrow"
+    path = inputs["tasks.tokens"].path / "part-00000.arrow"
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(ArtifactError, match=r"part-00001.arrow: damaged"):
+    with pytest.raises(ArtifactError, match=r"part-00000.arrow: damaged"):
         run_stage(report(inputs), inputs, tmp_path / "report")
 
 

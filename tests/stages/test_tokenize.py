@@ -1,4 +1,6 @@
+import itertools
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -6,12 +8,15 @@ import numpy as np
 import pytest
 import xxhash
 
-from pipeline.errors import ArtifactError
+from pipeline.artifact import Artifact, record_file
+from pipeline.errors import ArtifactError, Preempted
 from pipeline.settings import decode
 from pipeline.stage import Run
 from pipeline.stages.tokenize import Tokenize
 from pipeline.stages.train_tokenizer import TrainTokenizer
-from pipeline.text.arrow import open_tokens
+from pipeline.text.encoding import Encoder, PartEncoder
+from pipeline.text.split import held_out
+from pipeline.text.token_parts import TokenWriter, open_tokens
 from pipeline.text.tokenizers import load
 
 MINI = Path(__file__).parents[1] / "data" / "mini.jsonl"
@@ -32,39 +37,250 @@ def inputs(tmp_path, texts_to_corpus, run_stage):
     return {"corpus": corpus, "tokenizer": run_stage(train(), {"corpus": corpus}, tmp_path / "tokenizer")}
 
 
-def test_tokens_are_the_corpus(inputs, same_on_any_ranks):
-    made = same_on_any_ranks(tokenize(), inputs)
-    tokenizer = load(made.file("tokenizer.json"))
-    parts = [open_tokens(made.file(name)) for name in made.parts()]
-    assert made.parts() == inputs["corpus"].parts()
-    rows = [part.values[a:b] for part in parts for a, b in zip(part.offsets, part.offsets[1:], strict=False)]
-    assert [tokenizer.decode(row[:-1]) for row in rows] == TEXTS
-    assert {int(row[-1]) for row in rows} == {0}
-    assert sum(int((row == 0).sum()) for row in rows) == len(TEXTS)
-    assert [identity for part in parts for identity in part.ids] == [f"d{n}" for n in range(len(TEXTS))]
-    assert np.concatenate([part.num_bytes for part in parts]).tolist() == [len(text.encode()) for text in TEXTS]
-    assert np.concatenate([part.text_hash for part in parts]).tolist() == [
-        xxhash.xxh3_64_intdigest(text.encode()) for text in TEXTS
+def documents(artifact, name):
+    """Yield (id, source, tokens, bytes, hash) of the documents of a file."""
+    part = open_tokens(artifact.file(name))
+    for batch in range(part.num_batches):
+        offsets = part.offsets(batch).tolist()
+        for row, (identity, source, size, text_hash) in enumerate(zip(*part.rows(batch), strict=True)):
+            yield identity, source, part.tokens(*offsets[row : row + 2]).tolist(), int(size), int(text_hash)
+
+
+def everything(artifact):
+    return [
+        one for prefix in ("part-", "held-") for name in artifact.parts(prefix) for one in documents(artifact, name)
     ]
-    num_tokens, num_bytes = sum(map(len, rows)), sum(len(text.encode()) for text in TEXTS)
-    assert made.stats == {
+
+
+def is_held(text, fraction):
+    return bool(held_out(np.array([xxhash.xxh3_64_intdigest(text.encode())], np.uint64), fraction)[0])
+
+
+def test_tokens_are_the_corpus(inputs, same_on_any_ranks):
+    made = same_on_any_ranks(tokenize(held_out_fraction=0.3), inputs)
+    tokenizer = load(made.file("tokenizer.json"))
+    assert made.parts() == inputs["corpus"].parts()
+    found = {int(identity[1:]): rest for identity, *rest in everything(made)}
+    assert sorted(found) == list(range(len(TEXTS)))
+    for number, text in enumerate(TEXTS):
+        source, ids, num_bytes, text_hash = found[number]
+        assert (source, tokenizer.decode(ids[:-1])) == ("raw", text)
+        assert ids == [*tokenizer.encode(text), 0]
+        assert (num_bytes, text_hash) == (len(text.encode()), xxhash.xxh3_64_intdigest(text.encode()))
+    held = [number for number, text in enumerate(TEXTS) if is_held(text, 0.3)]
+    in_held = [int(identity[1:]) for name in made.parts("held-") for identity, *_ in documents(made, name)]
+    assert in_held == held
+    assert 0 < len(held) < len(TEXTS)
+    in_order = [int(identity[1:]) for name in made.parts() for identity, *_ in documents(made, name)]
+    assert in_order == [number for number in range(len(TEXTS)) if number not in held]
+    num_tokens, num_bytes = sum(len(one[1]) for one in found.values()), sum(one[2] for one in found.values())
+    assert {name: made.stats[name] for name in made.stats if not name.startswith(("fertility", "unused", "round"))} == {
         "documents_in": 20,
         "documents": 20,
         "tokens": num_tokens,
         "bytes": num_bytes,
+        "held_out.documents": len(held),
+        "held_out.tokens": sum(len(found[number][1]) for number in held),
+        "held_out.bytes": sum(found[number][2] for number in held),
         "vocab_size": 600,
         "end_of_text_id": 0,
+        "max_token_id": max(max(one[1]) for one in found.values()),
         "bytes_per_token": num_bytes / num_tokens,
         "dtype": "uint16",
+        "engine": made.stats["engine"],
+        "part_tokens": {
+            name: open_tokens(made.file(name)).num_tokens for name in (*made.parts("held-"), *made.parts())
+        },
     }
+
+
+def test_how_the_tokenizer_fares_is_told(inputs, tmp_path, run_stage):
+    made = run_stage(tokenize(), inputs, tmp_path / "tokens", 2)
+    found = json.loads(made.file("vocabulary.json").read_text())
+    ids = [token for _, _, tokens, _, _ in everything(made) for token in tokens]
+    assert found["counts"] == np.bincount(ids, minlength=600).tolist()
+    assert found["unused"]["tokens"] == found["counts"][1:].count(0)
+    assert made.stats["unused_fraction"] == found["unused"]["tokens"] / 599
+    assert found["sources"] == [{"name": "raw"} | {name: made.stats[name] for name in ("documents", "bytes", "tokens")}]
+    assert made.stats["round_trip_documents"] == len(inputs["corpus"].parts())
+    assert made.stats["round_trip_fraction"] == 1.0
+    assert 1 < made.stats["fertility"] < 10
+
+
+def test_no_document_need_be_held_out(inputs, tmp_path, run_stage):
+    made = run_stage(tokenize(held_out_fraction=0.0), inputs, tmp_path / "tokens")
+    assert made.parts("held-") == []
+    assert made.stats["held_out.documents"] == made.stats["held_out.tokens"] == 0
+
+
+def test_a_part_may_be_held_out_as_a_whole_but_not_all(tmp_path, texts_to_corpus, run_stage):
+    fraction = 0.5
+    sides = {side: next(text for text in TEXTS if is_held(text, fraction) == side) for side in (True, False)}
+    corpus = texts_to_corpus([sides[True], sides[False]], 1)
+    tokenizer = run_stage(train(), {"corpus": corpus}, tmp_path / "tokenizer")
+    made = run_stage(
+        tokenize(held_out_fraction=fraction), {"corpus": corpus, "tokenizer": tokenizer}, tmp_path / "tokens"
+    )
+    assert (len(made.parts()), len(made.parts("held-"))) == (1, 1)
+    alone = {"corpus": texts_to_corpus([sides[True]], name="alone"), "tokenizer": tokenizer}
+    with pytest.raises(ArtifactError, match=r"all 1 documents are held out, .*held_out_fraction is 0.5: lower it"):
+        run_stage(tokenize(held_out_fraction=fraction), alone, tmp_path / "none")
+
+
+@pytest.fixture
+def many_batches(tmp_path, texts_to_corpus, run_stage, monkeypatch):
+    """Give inputs of which one part is encoded in many batches."""
+    monkeypatch.setattr("pipeline.text.arrow.BATCH_ROWS", 3)
+    monkeypatch.setattr("pipeline.text.encoding.BATCH_BYTES", 1)
+    corpus = texts_to_corpus(TEXTS)
+    return {"corpus": corpus, "tokenizer": run_stage(train(), {"corpus": corpus}, tmp_path / "tokenizer")}
+
+
+def stop_after(monkeypatch, batches):
+    """Let a stop be asked for while one part is encoded."""
+    real, numbers = PartEncoder.run, itertools.count(1)
+    monkeypatch.setattr(PartEncoder, "run", lambda self, _: real(self, lambda: next(numbers) >= batches))
+
+
+def test_a_part_is_written_in_batches(many_batches, tmp_path, run_stage):
+    made = run_stage(tokenize(), many_batches, tmp_path / "tokens")
+    (name,) = made.parts()
+    assert open_tokens(made.file(name)).num_batches == 7
+
+
+@pytest.mark.parametrize("damage", ["none", "torn", "prefix", "note", "gone"])
+@pytest.mark.parametrize("asked", [2, 4, 7])
+def test_a_part_goes_on_where_it_was_stopped(many_batches, tmp_path, run_stage, monkeypatch, asked, damage):
+    stage = tokenize(held_out_fraction=0.3)
+    whole = run_stage(stage, many_batches, tmp_path / "whole")
+    directory = tmp_path / "stopped"
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match=r"part-.*\.arrow is not done; what is stays"):
+        stop_after(patch, asked)
+        run_stage(stage, many_batches, directory)
+    (part,) = (directory / "work" / "encoding").glob("part-*.arrow")
+    (note,) = (directory / "work" / "encoding").glob("*.json")
+    content = bytearray(part.read_bytes())
+    if damage == "torn":
+        part.write_bytes(content + content[:100])
+    elif damage == "prefix":
+        content[len(content) // 2] ^= 1
+        part.write_bytes(content)
+    elif damage == "note":
+        note.write_text("{}")
+    elif damage == "gone":
+        part.unlink()
+    encoded = []
+    real = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, path, batch: encoded.append(batch) or real(self, path, batch))
+    made = run_stage(stage, many_batches, directory)
+    assert len(encoded) == (7 - asked if damage in ("none", "torn") else 7)
+    assert made.manifest.files == whole.manifest.files
+    assert made.stats == whole.stats
+    assert not (directory / "work" / "encoding").exists()
+
+
+@pytest.mark.parametrize("batches", [1, 3, 6])
+def test_a_part_goes_on_after_a_kill_between_two_notes(many_batches, tmp_path, run_stage, monkeypatch, batches):
+    whole = run_stage(tokenize(), many_batches, tmp_path / "whole")
+    monkeypatch.setattr("pipeline.text.encoding.SAVE_BYTES", 30_000)
+    numbers = itertools.count()
+    real = Encoder.encode
+
+    def killed(self, path, batch):
+        if next(numbers) == batches:
+            raise KeyboardInterrupt
+        return real(self, path, batch)
+
+    monkeypatch.setattr(Encoder, "encode", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(tokenize(), many_batches, tmp_path / "killed")
+    made = run_stage(tokenize(), many_batches, tmp_path / "killed")
+    assert made.manifest.files == whole.manifest.files
+    assert made.stats == whole.stats
+
+
+def test_an_end_of_text_within_a_document_is_refused(inputs, tmp_path, run_stage, monkeypatch):
+    monkeypatch.setattr(Tokenize, "_end_id", lambda self, tokenizer, path: tokenizer.encode(TEXTS[0])[0])
+    with pytest.raises(ArtifactError, match=r"part-.*\.arrow: a document is encoded to the id \d+ that ends documents"):
+        run_stage(tokenize(), inputs, tmp_path / "tokens")
 
 
 def test_datasets_opens_a_part(inputs, tmp_path, run_stage):
     made = run_stage(tokenize(), inputs, tmp_path / "tokens")
-    part = made.file(made.parts()[0])
-    rows = datasets.Dataset.from_file(str(part))
+    name = made.parts()[0]
+    rows = datasets.Dataset.from_file(str(made.file(name)))
     assert rows.features["input_ids"] == datasets.List(datasets.Value("uint16"))
-    assert rows[1]["input_ids"] == open_tokens(part).values[slice(*open_tokens(part).offsets[1:3])].tolist()
+    assert rows["input_ids"][:] == [tokens for _, _, tokens, _, _ in documents(made, name)]
+
+
+def test_tokens_are_verified_against_the_corpus(many_batches, tmp_path, run_stage):
+    stage = tokenize(held_out_fraction=0.3)
+    made = run_stage(stage, many_batches, tmp_path / "tokens")
+    assert list(stage.verify(made, many_batches)) == []
+
+
+def rewrite(artifact, name, change):
+    """Write a file of tokens anew with other rows, as if its stage had made them, and open the artifact again."""
+    rows = [list(row) for row in documents(artifact, name)]
+    change(rows)
+    ids, sources, tokens, sizes, hashes = zip(*rows, strict=True)
+    with TokenWriter(artifact.path / name, artifact.stats["dtype"]) as writer:
+        writer.add(ids, sources, np.concatenate(tokens), list(map(len, tokens)), sizes, hashes)
+    files = artifact.manifest.files | {name: record_file(artifact.path / name)}
+    return Artifact(artifact.path, artifact.manifest.model_copy(update={"files": files}))
+
+
+def swap_token(rows):
+    rows[4][2][3] ^= 1
+
+
+def lose_token(rows):
+    del rows[4][2][-2]
+
+
+def lose_document(rows):
+    del rows[4]
+
+
+def lose_last(rows):
+    del rows[-1]
+
+
+def add_document(rows):
+    rows.append(["more", *rows[-1][1:]])
+
+
+def large_id(rows):
+    rows[4][2][3] = 600
+
+
+def other_hash(rows):
+    rows[4][4] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (swap_token, r"document 'd\d+': token 3 of \d+ is not what the tokenizer makes of its text"),
+        (lose_token, r"document 'd\d+': token \d+ of \d+ is not what the tokenizer makes of its text"),
+        (lose_document, r"document 'd\d+' is missing: 'd\d+' stands in its place"),
+        (lose_last, r"document 'd\d+' is missing: the file ends in its place"),
+        (add_document, r"document 'more' is not in the corpus, or not on this side of the split"),
+        (large_id, r"document 'd\d+': has the id 600, but the vocabulary has 600"),
+        (other_hash, r"document 'd\d+': has the hash [0-9a-f]{16} of another text; wanted [0-9a-f]{16} of \d+ bytes"),
+    ],
+)
+def test_verifying_names_the_document_that_differs(many_batches, tmp_path, run_stage, change, problem):
+    stage = tokenize(held_out_fraction=0.3)
+    made = run_stage(stage, many_batches, tmp_path / "tokens")
+    (name,) = made.parts()
+    (line,) = stage.verify(rewrite(made, name, change), many_batches)
+    assert re.fullmatch(rf"{name}: {problem}.*", line), line
+
+
+def test_verifying_sees_a_document_on_the_wrong_side(many_batches, tmp_path, run_stage):
+    made = run_stage(tokenize(held_out_fraction=0.3), many_batches, tmp_path / "tokens")
+    assert next(tokenize(held_out_fraction=0.1).verify(made, many_batches)).startswith("part-")
 
 
 def test_the_tokenizer_is_copied(inputs, tmp_path, run_stage):
@@ -78,7 +294,7 @@ def test_another_token_may_end_documents(tmp_path, texts_to_corpus, run_stage):
     tokenizer = run_stage(train(special_tokens=special), {"corpus": corpus}, tmp_path / "tokenizer")
     made = run_stage(tokenize(end_of_text="<|end|>"), {"corpus": corpus, "tokenizer": tokenizer}, tmp_path / "tokens")
     assert made.stats["end_of_text_id"] == 1
-    assert open_tokens(made.file(made.parts()[0])).values[-1] == 1
+    assert {tokens[-1] for _, _, tokens, _, _ in everything(made)} == {1}
 
 
 def test_an_end_of_text_that_is_not_there_is_refused_before_and_while_running(inputs, tmp_path, run_stage):
@@ -91,13 +307,6 @@ def test_an_end_of_text_that_is_not_there_is_refused_before_and_while_running(in
         ArtifactError, match=r"end_of_text: .*tokenizer\.json has no token '<\|endoftxt\|>'; did you mean"
     ):
         run_stage(stage, inputs, tmp_path / "tokens")
-
-
-def test_batches_change_nothing(inputs, tmp_path, run_stage, monkeypatch):
-    made = run_stage(tokenize(), inputs, tmp_path / "a")
-    monkeypatch.setattr("pipeline.stages.tokenize.BATCH_CHARS", 1)
-    again = run_stage(tokenize(), inputs, tmp_path / "b")
-    assert again.manifest.files == made.manifest.files
 
 
 @pytest.mark.parametrize("which", ["corpus", "tokenizer"])

@@ -1,5 +1,4 @@
 import datasets
-import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -10,26 +9,15 @@ from pipeline.text.arrow import (
     Document,
     Reject,
     RowWriter,
-    open_tokens,
     read_corpus,
     read_ids,
     read_rejects,
+    read_texts,
+    sample_texts,
     write_corpus,
-    write_tokens,
 )
 
 DOCUMENTS = [Document(f"d{n}", f"text {n} é漢😀" * (n + 1), "test", '{"n": 1}') for n in range(600)]
-
-
-def write_three(path, dtype="uint16"):
-    write_tokens(
-        path,
-        ["a", "b", "c"],
-        np.array([5, 6, 0, 0, 7, 0], dtype),
-        np.array([3, 1, 2]),
-        np.array([10, 0, 3]),
-        np.array([1, 2**64 - 1, 3], np.uint64),
-    )
 
 
 def test_a_corpus_part_comes_back_as_written_in_small_batches(tmp_path):
@@ -66,46 +54,55 @@ def test_rejects_come_back_with_or_without_text(tmp_path):
     assert list(read_rejects(tmp_path / "rejects.arrow")) == rejects
 
 
-@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_tokens_are_views_of_the_file(tmp_path, dtype):
+@pytest.mark.parametrize("num_bytes", [1, 3 << 20, 1 << 40])
+def test_texts_come_in_batches_of_at_least_so_many_bytes(tmp_path, num_bytes):
     path = tmp_path / "part.arrow"
-    write_three(path, dtype)
-    part = open_tokens(path)
-    assert part.values.dtype == dtype
-    assert part.values.tolist() == [5, 6, 0, 0, 7, 0]
-    assert part.offsets.tolist() == [0, 3, 4, 6]
-    assert part.num_bytes.tolist() == [10, 0, 3]
-    assert part.text_hash.tolist() == [1, 2**64 - 1, 3]
-    assert (part.ids, len(part)) == (["a", "b", "c"], 3)
-    assert not part.values.flags.owndata
-    assert not part.values.flags.writeable
+    write_corpus(path, DOCUMENTS)
+    batches = list(read_texts(path, num_bytes))
+    assert [text.decode() for batch in batches for text in batch.texts] == [document.text for document in DOCUMENTS]
+    for name in ("id", "source", "meta"):
+        found = [value for batch in batches for value in batch.columns[name].to_pylist()]
+        assert found == [getattr(document, name) for document in DOCUMENTS]
+    assert all(sum(map(len, batch.texts)) >= num_bytes for batch in batches[:-1])
+    sizes = [len(batch.texts) for batch in batches]
+    for number in range(len(batches) + 1):
+        rest = read_texts(path, num_bytes, skip=sum(sizes[:number]))
+        assert [batch.texts for batch in rest] == [batch.texts for batch in batches[number:]]
 
 
-def test_opening_a_large_tokens_part_reads_nothing_of_it(tmp_path):
+def test_texts_are_skipped_within_a_batch_too(tmp_path):
     path = tmp_path / "part.arrow"
-    count = 4_000_000
-    one = np.array([count])
-    write_tokens(path, ["a"], np.zeros(count, np.uint16), one, one, one.astype(np.uint64))
-    before = pa.total_allocated_bytes()
-    part = open_tokens(path)
-    assert pa.total_allocated_bytes() - before < 100_000
-    assert len(part.values) == count
+    write_corpus(path, DOCUMENTS)
+    (batch,) = read_texts(path, 1 << 40, skip=7)
+    assert batch.texts == [document.text.encode() for document in DOCUMENTS[7:]]
+    assert list(read_texts(path, 1, skip=len(DOCUMENTS))) == []
 
 
-def test_datasets_opens_both_kinds(tmp_path):
+def test_distinct_values_are_numbered(tmp_path):
+    path = tmp_path / "part.arrow"
+    write_corpus(path, [Document(f"d{n}", "text", source) for n, source in enumerate("abca")])
+    (batch,) = read_texts(path, 1 << 20)
+    names, numbers = batch.distinct("source")
+    assert (names, numbers.tolist()) == (["a", "b", "c"], [0, 1, 2, 0])
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(3, [0, 200, 400]), (1, [0]), (1000, range(600))])
+def test_a_sample_is_spread_over_a_part(tmp_path, count, wanted):
+    path = tmp_path / "part.arrow"
+    write_corpus(path, DOCUMENTS)
+    assert sample_texts(path, count) == [DOCUMENTS[row].text for row in wanted]
+
+
+def test_datasets_opens_a_corpus(tmp_path):
     write_corpus(tmp_path / "corpus.arrow", DOCUMENTS[:5])
-    write_three(tmp_path / "tokens.arrow")
     corpus = datasets.Dataset.from_file(str(tmp_path / "corpus.arrow"))
-    tokens = datasets.Dataset.from_file(str(tmp_path / "tokens.arrow"))
     assert corpus["text"][:] == [document.text for document in DOCUMENTS[:5]]
-    assert tokens["input_ids"][:] == [[5, 6, 0], [0], [7, 0]]
-    assert tokens.column_names == ["id", "input_ids", "num_bytes", "text_hash"]
 
 
 @pytest.mark.parametrize("content", [b"", b"not arrow at all, but long enough to look at"])
 def test_a_file_that_is_not_arrow_is_an_error_that_names_it(tmp_path, content):
     path = tmp_path / "part.arrow"
     path.write_bytes(content)
-    for read in (lambda: list(read_corpus(path)), lambda: open_tokens(path)):
+    for read in (lambda: list(read_corpus(path)), lambda: list(read_texts(path, 1)), lambda: sample_texts(path, 1)):
         with pytest.raises(ArtifactError, match=r"part\.arrow: cannot be read as arrow"):
             read()

@@ -1,0 +1,226 @@
+"""One part of a corpus encoded in constant memory, and gone on with after a kill where it had got to."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from pipeline.artifact import Artifact, FileRecord, write_json
+from pipeline.errors import ArtifactError, PipelineError, Preempted
+from pipeline.settings import Settings, decode, encode
+from pipeline.text.arrow import TextBatch, read_texts
+from pipeline.text.corpus import part_label
+from pipeline.text.engine import Engine
+from pipeline.text.split import held_out
+from pipeline.text.token_parts import TokenWriter, open_tokens
+from pipeline.text.tokenizers import Tokenizer
+from pipeline.text.vocabulary import Tally
+
+BATCH_BYTES = 2 << 20  # text that is encoded at once
+SAVE_BYTES, SAVE_S = 64 << 20, 10.0  # text and time between two notes: what a kill can cost
+
+
+class Written(Settings):
+    """A file of tokens as far as it is durable."""
+
+    file: FileRecord
+    documents: int
+    tokens: int
+    bytes: int
+
+
+class Note(Settings):
+    """How far a part is; the files are by their names."""
+
+    files: dict[str, Written]
+    tally: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How text becomes tokens.
+
+    Attributes:
+        end: Id put after every document.
+        held_out_fraction: Share of the documents that go into a file of their own.
+    """
+
+    tokenizer: Tokenizer
+    engine: Engine
+    end: int
+    held_out_fraction: float
+
+    def encode(self, path: Path, batch: TextBatch) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Return (the ids of all documents one after another, how many each has).
+
+        Raises:
+            ArtifactError: If an id that ends a document is anywhere else; `path` is where the documents are from.
+        """
+        values, lengths = self.engine.encode(batch.texts, self.end)
+        ends = values[np.cumsum(lengths) - 1] == self.end
+        if not ends.all() or np.count_nonzero(values == self.end) != len(lengths):
+            raise ArtifactError(
+                f"{path}: a document is encoded to the id {self.end} that ends documents, so nobody could tell where "
+                "one ends; choose another end_of_text"
+            )
+        return values, lengths
+
+
+class PartEncoder:
+    """Encodes one part of a corpus into `part-…` and `held-…` files in `directory`, which keeps them between two runs.
+
+    Files and notes there say how far it is: the prefix of a file that its note knows is checked and gone on with, and
+    anything else begins anew.
+
+    Args:
+        source: The corpus part.
+    """
+
+    def __init__(self, encoder: Encoder, source: Path, directory: Path) -> None:
+        label = part_label(source.name)
+        self._encoder, self._source, self._directory = encoder, source, directory
+        self._names = (f"part-{label}.arrow", f"held-{label}.arrow")
+        self._note = directory / f"{source.name}.json"
+        self._writers: dict[str, TokenWriter] = {}
+        self._counted: dict[str, tuple[int, int, int]] = {}  # documents, tokens, bytes
+        self._tally = Tally(encoder.tokenizer.vocab_size)
+
+    def run(self, should_stop: Callable[[], bool]) -> dict[str, Written]:
+        """Encode what is not yet, and return the files that are whole now.
+
+        Raises:
+            Preempted: Between two batches, when somebody asked for a stop.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as files:
+            self._go_on(files)
+            done = sum(counted[0] for counted in self._counted.values())
+            saved_s, unsaved_bytes = time.monotonic(), 0
+            for batch in read_texts(self._source, BATCH_BYTES, skip=done):
+                unsaved_bytes += self._add(files, batch)
+                if should_stop():
+                    self._save()
+                    raise Preempted(f"{self._source.name} is not done; what is stays")
+                if unsaved_bytes >= SAVE_BYTES or time.monotonic() - saved_s >= SAVE_S:
+                    self._save()
+                    saved_s, unsaved_bytes = time.monotonic(), 0
+            return self._save()
+
+    def _go_on(self, files: ExitStack) -> None:
+        """Open the files that a run before this one left, as far as its note says, or none."""
+        try:
+            note = decode(Note, json.loads(self._note.read_text("utf-8")))
+            with ExitStack() as opened:
+                for name, written in note.files.items():
+                    writer = TokenWriter(self._directory / name, self._encoder.tokenizer.dtype, at=written.file)
+                    self._writers[name] = opened.enter_context(writer)
+                files.enter_context(opened.pop_all())
+        except (FileNotFoundError, ValueError, PipelineError):
+            self._writers = {}
+            return
+        self._counted = {name: (one.documents, one.tokens, one.bytes) for name, one in note.files.items()}
+        self._tally = Tally.from_plain(note.tally)
+
+    def _add(self, files: ExitStack, batch: TextBatch) -> int:
+        """Encode, write and count a batch, and return the bytes of its text."""
+        values, lengths = self._encoder.encode(self._source, batch)
+        hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, batch.texts), np.uint64, len(batch.texts))
+        held = held_out(hashes, self._encoder.held_out_fraction)
+        rows = (batch.columns["id"], batch.columns["source"], values, lengths, batch.num_bytes, hashes)
+        for name, chosen in zip(self._names, (~held, held), strict=True):
+            if chosen.any():
+                self._open(files, name).add(*rows, chosen)
+                counted = (int(chosen.sum()), int(lengths[chosen].sum()), int(batch.num_bytes[chosen].sum()))
+                known = self._counted.get(name, (0, 0, 0))
+                self._counted[name] = (known[0] + counted[0], known[1] + counted[1], known[2] + counted[2])
+        self._tally.add(batch, values, lengths)
+        sampled, stops = int(hashes.argmin()), np.cumsum(lengths)
+        ids = values[stops[sampled] - lengths[sampled] : stops[sampled] - 1].tolist()
+        self._tally.sample(batch.texts[sampled].decode(), ids, self._encoder.tokenizer.decode)
+        return int(batch.num_bytes.sum())
+
+    def _open(self, files: ExitStack, name: str) -> TokenWriter:
+        if name not in self._writers:
+            writer = TokenWriter(self._directory / name, self._encoder.tokenizer.dtype)
+            self._writers[name] = files.enter_context(writer)
+        return self._writers[name]
+
+    def _save(self) -> dict[str, Written]:
+        """Make what was written durable, and leave a note of it."""
+        written = {}
+        for name, writer in self._writers.items():
+            documents, tokens, num_bytes = self._counted[name]
+            written[name] = Written(file=writer.sync(), documents=documents, tokens=tokens, bytes=num_bytes)
+        write_json(self._note, encode(Note(files=written, tally=self._tally.plain())))
+        return written
+
+
+def read_tally(directory: Path, vocab_size: int) -> Tally:
+    """Return the sum of what all parts counted."""
+    total = Tally(vocab_size)
+    for path in sorted(directory.glob("*.json")):
+        total.merge(Tally.from_plain(decode(Note, json.loads(path.read_text("utf-8"))).tally))
+    return total
+
+
+def compare_part(
+    tokens: Artifact, source: Path, tokenizer: Tokenizer, end: int, held_out_fraction: float
+) -> Iterator[str]:
+    """Yield what of a corpus part, encoded again with the plain library, is not what a tokens artifact holds."""
+    names = [f"{side}-{part_label(source.name)}.arrow" for side in ("part", "held")]
+    stored = [_documents(tokens, name) for name in names]
+    for batch in read_texts(source, BATCH_BYTES):
+        values, lengths = tokenizer.encode_batch([text.decode() for text in batch.texts], end)
+        wanted = np.split(values, np.cumsum(lengths)[:-1])
+        hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, batch.texts), np.uint64, len(batch.texts))
+        sides = held_out(hashes, held_out_fraction).astype(int).tolist()
+        for identity, text, ids, text_hash, side in zip(
+            batch.columns["id"].to_pylist(), batch.texts, wanted, hashes.tolist(), sides, strict=True
+        ):
+            found = next(stored[side], None)
+            if found is None or found[0] != identity:
+                there = "the file ends" if found is None else f"'{found[0]}' stands"
+                yield f"{names[side]}: document '{identity}' is missing: {there} in its place"
+                return
+            problem = _problem(found, ids, len(text), text_hash, tokenizer.vocab_size)
+            if problem:
+                yield f"{names[side]}: document '{identity}': {problem}"
+    for name, rest in zip(names, stored, strict=True):
+        if (found := next(rest, None)) is not None:
+            yield f"{name}: document '{found[0]}' is not in the corpus, or not on this side of the split"
+
+
+StoredDocument = tuple[str, npt.NDArray[Any], int, int]  # id, tokens, bytes and hash of its text
+
+
+def _documents(tokens: Artifact, name: str) -> Iterator[StoredDocument]:
+    """Yield the documents of a file of tokens; none if there is no such file."""
+    if name not in tokens.names:
+        return
+    part = open_tokens(tokens.file(name))
+    for batch in range(part.num_batches):
+        offsets = part.offsets(batch)
+        ids, _, num_bytes, text_hash = part.rows(batch)
+        for row, identity in enumerate(ids):
+            yield identity, part.tokens(offsets[row], offsets[row + 1]), int(num_bytes[row]), int(text_hash[row])
+
+
+def _problem(found: StoredDocument, ids: npt.NDArray[Any], num_bytes: int, text_hash: int, size: int) -> str | None:
+    """Return what is wrong with a stored document, if anything is."""
+    _, stored, stored_bytes, stored_hash = found
+    if (stored_bytes, stored_hash) != (num_bytes, text_hash):
+        return f"has the hash {stored_hash:016x} of another text; wanted {text_hash:016x} of {num_bytes} bytes"
+    if stored.max(initial=0) >= size:
+        return f"has the id {stored.max()}, but the vocabulary has {size}"
+    if not np.array_equal(stored, ids):
+        shorter = min(len(stored), len(ids))
+        first = np.append(np.flatnonzero(stored[:shorter] != ids[:shorter]), shorter)[0]
+        return f"token {first} of {len(stored)} is not what the tokenizer makes of its text (it makes {len(ids)})"
+    return None
