@@ -1,11 +1,39 @@
-"""`python -m pipeline job=NAME | stage=KIND [key=value …] [--plan]`."""
+"""`python -m pipeline job=NAME | stage=KIND [key=value …] [--plan]`, and the other commands: `verify`, `trace`."""
 
+import os
 import signal
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import pipeline
 from pipeline.errors import ArtifactError, ConfigError, Interrupted, PipelineError, Preempted
+
+
+class Other(NamedTuple):
+    """A command that is no job: its words, what it does, and the function that takes the words and gives the status."""
+
+    words: str
+    about: str
+    run: Callable[[Sequence[str]], int]
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    from pipeline.verify import verify
+
+    return verify(arguments)
+
+
+def _trace(arguments: Sequence[str]) -> int:
+    from pipeline.trace import trace
+
+    return trace(arguments)
+
+
+COMMANDS = {
+    "verify": Other("PATH|URL|JOB.TASK ...", "read artifacts in full: is every file what it was?", _verify),
+    "trace": Other("run=PATH|JOB.TASK step=N|doc=ID", "which documents a step of a pretraining saw, and back", _trace),
+}
 
 
 def main() -> None:
@@ -16,6 +44,8 @@ def main() -> None:
         if sys.argv[1:] == ["--version"]:
             print(pipeline.__version__)
             return
+        if sys.argv[1:] and sys.argv[1].isidentifier():
+            sys.exit(_run_command(sys.argv[1], sys.argv[2:]))
         stage = next((word.removeprefix("stage=") for word in sys.argv if word.startswith("stage=")), None)
         if stage is not None and {"--help", "-h"} & set(sys.argv):
             from pipeline.operate import print_settings
@@ -24,12 +54,38 @@ def main() -> None:
             return
         from pipeline.compose import compose
 
-        status = compose(sys.argv[1:], act)
+        asks_help = {"--help", "-h"} & set(sys.argv)  # compose changes it
+        try:
+            status = compose(sys.argv[1:], act)
+        finally:  # Hydra exits when it has printed its help
+            if asks_help:
+                print("\nOther commands:", *map(_usage, COMMANDS), sep="\n  ")
     except PipelineError as error:
         status = _say(error)
+    except BrokenPipeError:  # as in `… | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except OSError as error:
+        status = _say(ArtifactError(f"{error.filename or 'input'}: {error.strerror}"))
     except KeyboardInterrupt:
         status = Interrupted.exit_status
     sys.exit(status)
+
+
+def _run_command(name: str, arguments: Sequence[str]) -> int:
+    """Run another command than a job or a stage. Raises ConfigError if there is none of this name."""
+    if name not in COMMANDS:
+        from pipeline.settings import nearest
+
+        raise ConfigError(f"no command is called '{name}' (a job is run by job=NAME){nearest(name, list(COMMANDS))}")
+    if {"--help", "-h"} & set(arguments):
+        print(_usage(name))
+        return 0
+    return COMMANDS[name].run(arguments)
+
+
+def _usage(name: str) -> str:
+    return f"python -m pipeline {name} {COMMANDS[name].words} [root=DIR]   {COMMANDS[name].about}"
 
 
 def act(data: dict[str, Any], job: str | None) -> int:

@@ -7,14 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from support import PROJECT, command, run_pipeline
 
+from pipeline.__main__ import COMMANDS
 from pipeline.compose import compose
-from pipeline.plan import Command
+from pipeline.launch.local import Local
+from pipeline.plan import Command, StageHolder
 from pipeline.settings import decode
+from pipeline.stages.pretrain import Pretrain
 
 README = (PROJECT / "README.md").read_text()
-LINES = re.findall(r"^\$ (.+?)(?:\s+#.*)?$", README, re.MULTILINE)
+DATA = (PROJECT / "docs/data.md").read_text()
+LINES = re.findall(r"^\$ (.+?)(?:\s+#.*)?$", README + DATA, re.MULTILINE)
 PIPELINE = [line for line in LINES if line.startswith("python -m pipeline")]
 
 
@@ -27,6 +32,10 @@ def test_the_first_screen_shows_the_two_commands():
 @pytest.mark.parametrize("line", PIPELINE)
 def test_every_command_composes_and_decodes(line):
     arguments = shlex.split(line)[3:]
+    if arguments[0] in COMMANDS:
+        words = COMMANDS[arguments[0]].words
+        assert all("=" not in word or word.split("=")[0] in re.findall(r"\w+", words) for word in arguments[1:])
+        return
     if arguments[0].startswith("--") or "--help" in arguments:
         assert run_pipeline(*arguments).stdout
         return
@@ -48,6 +57,23 @@ def test_the_job_of_the_readme_plans(tmp_path):
     assert "norm: layernorm" in done.stdout
 
 
+@pytest.mark.parametrize("block", re.findall(r"```yaml pretrain\n(.+?)```", DATA, re.DOTALL))
+def test_the_settings_of_pretraining_decode(block):
+    stage = decode(Pretrain, {"kind": "pretrain", "steps": 1, **plain(block)})
+    assert list(stage.check({}, Local())) == []
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml tasks\n(.+?)```", DATA, re.DOTALL))
+def test_the_tasks_of_the_documents_decode(block):
+    for name, settings in plain(block).items():
+        assert decode(StageHolder, {"stage": settings}, where=name).stage.kind == settings["kind"]
+
+
+def plain(block: str) -> dict:
+    """Return YAML as Hydra reads it."""
+    return OmegaConf.to_container(OmegaConf.create(block))
+
+
 @pytest.mark.parametrize("line", sorted(set(LINES) - set(PIPELINE)))
 def test_every_make_target_exists(line):
     program, target = line.split()
@@ -55,7 +81,7 @@ def test_every_make_target_exists(line):
     assert re.search(rf"^{target}:", (PROJECT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/data.md"])
 def test_every_path_exists(name):
     text = (PROJECT / name).read_text()
     for path in re.findall(r"`((?:pipeline|conf|jobs|tests)/[\w./]+)`", text):

@@ -10,18 +10,19 @@ from pipeline.errors import ArtifactError
 from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats
 from pipeline.stages.finetune import refuse_classifier
-from pipeline.stages.pretrain import VALIDATION_ROWS, load_language_model
+from pipeline.stages.pretrain import VALIDATION_ROWS, check_tokenizer, load_language_model
+from pipeline.stages.tokenize import HELD
 from pipeline.text.tokenizers import TOKENIZER, load
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact
-    from pipeline.text.loader import TokenStream
+    from pipeline.text.stream import TokenStream
 
 
 class Evaluate(Stage):
     """Held-out loss, perplexity and bits per byte, beside a model that knows only how often each byte occurs.
 
-    The held-out documents are those of the model's own pretraining, chosen by the same rule.
+    The documents are those that the tokens artifact holds out; which, follows from each one's text alone.
     """
 
     version: ClassVar[int] = 1
@@ -48,17 +49,25 @@ class Evaluate(Stage):
 
     def run(self, ctx: Context) -> None:
         """Score all held-out documents and write `metrics.json`."""
-        from pipeline.text.loader import TokenStream
+        from pipeline.text.stream import open_stream
         from pipeline.training.metrics import score
 
         source, tokens = ctx.inputs["model"], ctx.inputs["tokens"]
         check_tokenizer(source, tokens)
         model, settings = load_language_model(source), source.manifest.stage
-        paths = [tokens.file(name) for name in tokens.parts()]
-        held = TokenStream(paths, settings["validation_fraction"], held=True)
-        if not held.num_documents:
-            raise ArtifactError(f"{tokens.path}: holds no document that the model's pretraining held out")
-        result = score(model, held, settings["seq_len"], VALIDATION_ROWS, tokens.stats["end_of_text_id"])
+        if not tokens.parts(HELD):
+            raise ArtifactError(
+                f"{tokens.place}: holds out no document to evaluate on; tokenize with a larger held_out_fraction"
+            )
+        held = open_stream(tokens, HELD)
+        result = score(
+            model,
+            held,
+            settings["seq_len"],
+            VALIDATION_ROWS,
+            held.end_of_text,
+            document_mask=settings["document_mask"],
+        )
         metrics = {
             "loss": result.loss,
             "perplexity": result.perplexity,
@@ -73,21 +82,11 @@ class Evaluate(Stage):
         ctx.output.stats |= metrics
 
 
-def check_tokenizer(model: "Artifact", tokens: "Artifact") -> None:
-    """Refuse tokens that were not made with the model's tokenizer. Raises ArtifactError."""
-    if model.manifest.files.get(TOKENIZER) != tokens.manifest.files.get(TOKENIZER):
-        raise ArtifactError(
-            f"{tokens.path}: its tokenizer (vocabulary of {tokens.stats['vocab_size']}) is not the one that "
-            f"{model.path} was trained with (vocabulary of {model.stats['vocab_size']}); tokenize with that one"
-        )
-
-
 def _byte_unigram(held: "TokenStream", tokens: "Artifact") -> float:
     """Return the entropy of single bytes in the held-out text itself: no byte-unigram model can do better on it."""
     tokenizer = load(tokens.file(TOKENIZER))
     counts: Counter[int] = Counter()
-    for index in range(held.num_documents):
-        text = held.document(index)[:-1]  # without the end-of-text token
-        counts.update(tokenizer.decode(text.tolist()).encode())
+    for start, stop in held.documents():
+        counts.update(tokenizer.decode(held.read(start, stop - start - 1).tolist()).encode())  # without its last token
     total = counts.total()
     return -sum(n / total * math.log2(n / total) for n in counts.values())

@@ -153,14 +153,20 @@ class Finetune(Stage):
         return model
 
     def _feed(self, examples: "Examples", step: int, rank: int, shape: "BatchShape") -> "Batch":
-        from pipeline.text.loader import permute
+        from pipeline.text.shuffle import permute
         from pipeline.training.loop import Batch
 
         size, first = len(examples.train), (step - 1) * self.batch_examples
         places = [divmod(place, size) for place in range(first, first + self.batch_examples)]
-        rows = [examples.train[permute(place, size, self.seed, epoch)] for epoch, place in places]
-        microbatches = [_pad(rows[mine]) for mine in shape.microbatches(rank)]
-        return Batch(microbatches, weight=len(rows), tokens=sum(len(ids) for ids, _ in rows))
+        mine = [
+            [examples.train[permute(place, size, self.seed, epoch)] for epoch, place in places[rows]]
+            for rows in shape.microbatches(rank)
+        ]
+        return Batch(
+            [_pad(rows) for rows in mine],
+            weight=sum(map(len, mine)),
+            tokens=sum(len(ids) for rows in mine for ids, _ in rows),
+        )
 
     def _test(self, trained: "Trained", examples: "Examples") -> dict[str, float]:
         return {

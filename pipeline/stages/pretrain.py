@@ -1,5 +1,6 @@
 """Pretraining: from token parts to a language model."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -11,7 +12,10 @@ from pipeline.models.config import Decoder
 from pipeline.parallel.engine import EngineSettings, Precision, deepspeed_json
 from pipeline.parallel.mesh import shape_batch
 from pipeline.settings import Input
-from pipeline.stage import CHECKPOINTS, Context, Run, Stage, Stats
+from pipeline.stage import CHECKPOINTS, Context, Run, Stage, Stats, TaskName
+from pipeline.stages.tokenize import HELD
+from pipeline.text.mixture import AnyMixture, Temperature, check_names
+from pipeline.text.packing import AnyPacking, Contiguous, WarmUp, check_warmup
 from pipeline.text.tokenizers import TOKENIZER
 from pipeline.training.optim import AdamW, AnyOptimizer
 from pipeline.training.schedule import AnySchedule, Cosine
@@ -22,51 +26,71 @@ if TYPE_CHECKING:
     from pipeline.models.transformer import Transformer
     from pipeline.parallel.mesh import BatchShape, DataParallelUnit
     from pipeline.stages.finetune import Finetune
-    from pipeline.text.loader import SequenceLoader, TokenStream
+    from pipeline.text.loader import Loader
+    from pipeline.text.stream import TokenStream
     from pipeline.training.loop import Batch
+    from pipeline.training.metrics import Score
 
 VALIDATION_ROWS = 16  # sequences that a validation feeds at once
 
 
 class Pretrain(Stage):
-    """Trains a language model on packed sequences of the documents that are not held out.
+    """Trains a language model on rows of tokens: a mixture of sources, packed, in an order that is pure mathematics.
 
     Attributes:
+        tokens: The tokens to train on; several under names of your own, which `mixture` uses: {web: "@a", code: "@b"}.
+        mixture: How the sources share the training; by default in proportion to their sizes.
+        packing: How documents become rows of `seq_len` tokens.
+        document_mask: Whether the documents of a row are kept apart: none sees another, positions count from each
+            one's beginning.
         seq_len: Tokens of a training sequence.
+        seq_len_warmup: Shorter sequences at the beginning: each row is cut into several, the batch stays the same.
         batch_tokens: Tokens of one optimizer step, over all ranks.
         clip_norm: Largest global gradient norm; null does not clip.
-        validation_fraction: Share of the documents that is held out, chosen by the hash of their text.
-        validation_sequences: How many held-out sequences a validation during training looks at.
+        validation_sequences: How many held-out sequences of each source a validation during training looks at.
         validate_every_steps: Steps between two validations; null validates at the end only.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     produces: ClassVar[str] = "model"
     ranks: ClassVar[Literal["one", "units", "group"]] = "group"
 
     kind: Literal["pretrain"] = "pretrain"
-    tokens: Annotated[str, Input("tokens")]
+    tokens: Annotated[str | dict[TaskName, str], Input("tokens")]
+    mixture: AnyMixture = Temperature()
+    packing: AnyPacking = Contiguous()
+    document_mask: bool = True
     model: Decoder = Decoder()
     seq_len: int = Field(default=256, ge=1)
+    seq_len_warmup: list[WarmUp] = []
     batch_tokens: int = Field(default=8192, ge=1)
     steps: int = Field(ge=1)
     optimizer: AnyOptimizer = AdamW()
     schedule: AnySchedule = Cosine()
     clip_norm: float | None = Field(default=1.0, gt=0)
     precision: Precision = "fp32"
-    validation_fraction: float = Field(default=0.02, gt=0, lt=1)
     validation_sequences: int = Field(default=64, ge=1)
     validate_every_steps: int | None = Field(default=100, ge=1)
     seed: int = Field(default=0, ge=0)
 
     def check(self, upstream: Mapping[str, Stage], run: Run) -> Iterator[tuple[str, str]]:
-        """Refuse sequences longer than the model's, and batches that do not divide."""
+        """Refuse sequences longer than the model's, unknown sources, and batches that do not divide."""
         if self.seq_len > self.model.max_seq_len:
             yield "seq_len", f"{self.seq_len} is longer than the model's max_seq_len of {self.model.max_seq_len}"
+        yield from check_warmup(self.seq_len_warmup, self.seq_len)
+        for name, problem in check_names(self.mixture, list(self.sources)):
+            yield f"mixture.{name}", problem
         if self.batch_tokens % self.seq_len:
             yield "batch_tokens", f"{self.batch_tokens} does not divide into sequences of {self.seq_len} tokens"
             return
         yield from check_engine(self.batch_tokens // self.seq_len, "batch_tokens", self, run)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The setting that names the tokens of each source, by the source's name; a single one is called "tokens"."""
+        return (
+            {name: f"tokens.{name}" for name in self.tokens} if isinstance(self.tokens, dict) else {"tokens": "tokens"}
+        )
 
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
         """Weights once, and weights with two moments in fp32 for every checkpoint and the one being written."""
@@ -84,66 +108,126 @@ class Pretrain(Stage):
         """Train; rank 0 writes the model, its tokenizer and its metrics."""
         from pipeline.models.transformer import Transformer, init_weights
         from pipeline.parallel.engine import full_weights, process_group
-        from pipeline.text.loader import SequenceLoader, TokenStream
         from pipeline.training.loop import Recipe, Trainee, train
 
-        tokens = ctx.inputs["tokens"]
-        config = self._with_vocabulary(ctx)
-        paths = [tokens.file(name) for name in tokens.parts()]
-        rows = self.batch_tokens // self.seq_len
-        loader = SequenceLoader(TokenStream(paths, self.validation_fraction, held=False), self.seq_len, rows, self.seed)
-        held = TokenStream(paths, self.validation_fraction, held=True)
-        if not held.num_documents:
-            raise ArtifactError(
-                f"{ctx.task}.validation_fraction: {self.validation_fraction} of {loader.stream.num_documents} "
-                "documents holds out none; hold out more or use more text"
-            )
+        tokens = {name: ctx.inputs[setting] for name, setting in self.sources.items()}
+        config = self._with_vocabulary(ctx.task, tokens)
+        loader = self.open_loader(tokens)
+        held = self._open_held(ctx.task, tokens)
         model = Transformer(config)
         init_weights(model, self.seed)
-        ctx.log(
-            f"{config.num_params():,} parameters; {loader.stream.num_tokens:,} training tokens in "
-            f"{loader.stream.num_documents:,} documents, {held.num_tokens:,} held out in {held.num_documents:,}"
-        )
-        recipe = Recipe.of(self, batch_rows=rows)
+        ctx.log(f"{config.num_params():,} parameters")
+        for line in self._describe(loader, held):
+            ctx.log(line)
         with process_group() as mpu:
             trainee = Trainee(
                 model=model,
                 feed=lambda step, rank, shape: self._feed(loader, step, rank, shape),
-                validate=lambda module: self._validate(module, held, mpu, tokens.stats["end_of_text_id"]),
+                validate=lambda module: self._validate(module, held, mpu),
                 checkpoints=ctx.directory / CHECKPOINTS,
             )
-            trained = train(ctx, mpu, recipe, trainee)
+            trained = train(ctx, mpu, Recipe.of(self, batch_rows=self.batch_tokens // self.seq_len), trainee)
             weights = full_weights(trained.engine)
         if ctx.rank == 0:
             ctx.output.stats |= trained.validation
-            self._write(ctx, config, weights)
+            for name, count in loader.counts(self.steps).items():
+                ctx.output.stats[f"epochs.{name}"] = count / loader.sizes[loader.names.index(name)]
+            self._write(ctx, config, weights, next(iter(tokens.values())))
 
-    def _with_vocabulary(self, ctx: Context) -> Decoder:
+    def open_loader(self, tokens: Mapping[str, Artifact]) -> "Loader":
+        """Return the loader of tokens artifacts, by source: what it gives follows from these settings and the step.
+
+        Raises:
+            ArtifactError: If they were made with different tokenizers, are damaged, or one holds less than a row.
+            ConfigError: If the mixture holds less than the steps ask for.
+        """
+        from pipeline.text.loader import Loader, Order
+        from pipeline.text.stream import open_stream
+
+        first, *others = tokens.values()
+        for other in others:
+            check_tokenizer(first, other)
+        order = Order(
+            mixture=self.mixture,
+            packing=self.packing,
+            seq_len=self.seq_len,
+            batch_rows=self.batch_tokens // self.seq_len,
+            steps=self.steps,
+            seed=self.seed,
+            warmup=self.seq_len_warmup,
+        )
+        return Loader({name: open_stream(artifact) for name, artifact in tokens.items()}, order)
+
+    def _open_held(self, task: str, tokens: Mapping[str, Artifact]) -> "dict[str, TokenStream]":
+        """Return the held-out documents of the sources that have any."""
+        from pipeline.text.stream import open_stream
+
+        held = {name: open_stream(artifact, HELD) for name, artifact in tokens.items() if artifact.parts(HELD)}
+        if not held:
+            fractions = ", ".join(str(artifact.manifest.stage["held_out_fraction"]) for artifact in tokens.values())
+            raise ArtifactError(
+                f"{task}.tokens: no document is held out for validation (held_out_fraction of tokenize: {fractions}); "
+                "hold out more or use more text"
+            )
+        return held
+
+    def _describe(self, loader: "Loader", held: "Mapping[str, TokenStream]") -> Iterator[str]:
+        """Yield a line for every source: how much there is of it, and how much of it is trained on."""
+        for name, count in loader.counts(self.steps).items():
+            stream = loader.streams[loader.names.index(name)]
+            size = loader.sizes[loader.names.index(name)]
+            yield (
+                f"{name}: {stream.num_tokens:,} tokens in {size:,} rows, {count / size:.2f} epochs of it in "
+                f"{self.steps:,} steps; {held[name].num_tokens if name in held else 0:,} tokens held out"
+            )
+
+    def _with_vocabulary(self, task: str, tokens: Mapping[str, Artifact]) -> Decoder:
         """Return the model's settings with the vocabulary of the tokens."""
-        needed, asked = ctx.inputs["tokens"].stats["vocab_size"], self.model.vocab_size
+        source = next(iter(tokens.values()))
+        needed, asked = source.stats["vocab_size"], self.model.vocab_size
         if asked is not None and asked < needed:
             raise ConfigError(
-                f"{ctx.task}.model.vocab_size: wanted at least {needed}, the vocabulary of "
-                f"{ctx.inputs['tokens'].path}, found {asked}; leave it null to take that"
+                f"{task}.model.vocab_size: wanted at least {needed}, the vocabulary of {source.path}, found {asked}; "
+                "leave it null to take that"
             )
         return self.model if asked else self.model.model_copy(update={"vocab_size": needed})
 
-    def _feed(self, loader: "SequenceLoader", step: int, rank: int, shape: "BatchShape") -> "Batch":
+    def _feed(self, loader: "Loader", step: int, rank: int, shape: "BatchShape") -> "Batch":
         import torch
 
+        from pipeline.text.loader import IGNORED
         from pipeline.training.loop import Batch
 
-        rows = loader.rows(step)
         microbatches: list[tuple[torch.Tensor, ...]] = []
+        weight = tokens = 0
         for mine in shape.microbatches(rank):
-            inputs, labels = loader.read(rows[mine])
-            microbatches.append((torch.from_numpy(inputs), torch.from_numpy(labels)))
-        return Batch(microbatches, weight=self.batch_tokens, tokens=self.batch_tokens)
+            rows = loader.read(step, mine)
+            fed = [rows.inputs, rows.labels, *([rows.documents] if self.document_mask else [])]
+            microbatches.append(tuple(map(torch.from_numpy, fed)))
+            weight += int((rows.labels != IGNORED).sum())
+            tokens += rows.labels.size
+        return Batch(microbatches, weight, tokens)
 
     def _validate(
-        self, module: "torch.nn.Module", held: "TokenStream", mpu: "DataParallelUnit", end_of_text: int
+        self, module: "torch.nn.Module", held: "Mapping[str, TokenStream]", mpu: "DataParallelUnit"
     ) -> dict[str, float]:
-        """Score held-out sequences spread evenly over the stream, shared among the ranks."""
+        """Score held-out sequences of every source spread evenly over its stream, shared among the ranks."""
+        from pipeline.training.metrics import Score
+
+        scores = {name: self._score(module, stream, mpu) for name, stream in held.items()}
+        numbers = {}
+        if len(scores) > 1:
+            for name, score in scores.items():
+                numbers[f"validation_loss.{name}"] = score.loss
+                numbers[f"validation_bits_per_byte.{name}"] = score.bits_per_byte(held[name])
+        whole = Score(sum(s.nats for s in scores.values()), sum(s.tokens for s in scores.values()))
+        num_bytes = sum(s.tokens * held[name].num_bytes / held[name].num_tokens for name, s in scores.items())
+        return numbers | {
+            "validation_loss": whole.loss,
+            "validation_bits_per_byte": whole.nats / num_bytes / math.log(2),
+        }
+
+    def _score(self, module: "torch.nn.Module", held: "TokenStream", mpu: "DataParallelUnit") -> "Score":
         import torch
         import torch.distributed as dist
 
@@ -153,26 +237,34 @@ class Pretrain(Stage):
         count = min(self.validation_sequences, total)
         windows: list[int | None] = [i * total // count for i in range(count)]
         windows += [None] * (-count % mpu.world)
-        mine = score(module, held, self.seq_len, VALIDATION_ROWS, end_of_text, windows[mpu.rank :: mpu.world])
+        mine = windows[mpu.rank :: mpu.world]
+        found = score(module, held, self.seq_len, VALIDATION_ROWS, held.end_of_text, mine, self.document_mask)
         device = next(module.parameters()).device
-        sums = torch.tensor([mine.nats, mine.tokens], dtype=torch.float64, device=device)
+        sums = torch.tensor([found.nats, found.tokens], dtype=torch.float64, device=device)
         dist.all_reduce(sums, group=mpu.data_group)
-        whole = Score(sums[0].item(), int(sums[1].item()))
-        return {"validation_loss": whole.loss, "validation_bits_per_byte": whole.bits_per_byte(held)}
+        return Score(sums[0].item(), int(sums[1].item()))
 
-    def _write(self, ctx: Context, config: Decoder, weights: "Mapping[str, torch.Tensor]") -> None:
+    def _write(self, ctx: Context, config: Decoder, weights: "Mapping[str, torch.Tensor]", tokens: Artifact) -> None:
         from pipeline.models.transformer import Transformer, save_model
         from pipeline.training.loop import write_model
 
-        tokenizer = ctx.inputs["tokens"].file(TOKENIZER)
-        write_model(ctx, tokenizer, lambda directory: save_model(directory, Transformer(config), weights))
+        write_model(ctx, tokens.file(TOKENIZER), lambda directory: save_model(directory, Transformer(config), weights))
         ctx.output.stats |= {
             "steps": self.steps,
             "tokens": self.steps * self.batch_tokens,
             "parameters": config.num_params(),
             "vocab_size": config.vocab_size,
-            "end_of_text_id": ctx.inputs["tokens"].stats["end_of_text_id"],
+            "end_of_text_id": tokens.stats["end_of_text_id"],
         }
+
+
+def check_tokenizer(wanted: Artifact, tokens: Artifact) -> None:
+    """Refuse tokens that were not made with the tokenizer of another artifact. Raises ArtifactError."""
+    if wanted.manifest.files.get(TOKENIZER) != tokens.manifest.files.get(TOKENIZER):
+        raise ArtifactError(
+            f"{tokens.place}: its tokenizer (vocabulary of {tokens.stats['vocab_size']}) is not the one of "
+            f"{wanted.place} (vocabulary of {wanted.stats['vocab_size']}); tokenize with that one"
+        )
 
 
 def load_language_model(source: Artifact) -> "Transformer":

@@ -1,128 +1,233 @@
-"""The loader: a tokens artifact as one stream of documents, cut into sequences, in an order that is pure mathematics.
+"""The loader: which tokens are in which row of which step, as a pure function of (settings, seed, step).
 
-`SequenceLoader.rows(step)` is a function of (seed, step) alone; nothing is stored but the step.
+A step's samples are consecutive numbers; the mixture says which source each is of and which sample of that source, a
+permutation of the source's rows says which row that is, and packing says which tokens the row has. Nothing is stored
+but the step, and nothing is built at start that grows with the number of samples.
 """
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-from pipeline.errors import ArtifactError
-from pipeline.text.arrow import open_tokens
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.text.mixture import AnyMixture, Epochs, make_mixer
+from pipeline.text.packing import AnyPacking, ContiguousRows, WarmUp
+from pipeline.text.shuffle import permute, unpermute
+from pipeline.text.stream import Span, Tokens, TokenStream
 
-Tokens = npt.NDArray[np.int64]
+IGNORED = -100  # a label that has no loss
 
-
-def held_out(text_hash: npt.NDArray[np.uint64], fraction: float) -> npt.NDArray[np.bool_]:
-    """Return which documents are held out: those whose content hash lies in the lowest `fraction` of all hashes.
-
-    The choice depends on a document's text alone: not on order, tokenizer or what else is in the corpus, and copies
-    of a text are always on the same side.
-    """
-    return text_hash < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+CHUNK = 1 << 14  # samples whose places are computed at one time: one by one they would cost a hundred times as much
+KEPT_CHUNKS = 8
 
 
-class TokenStream:
-    """The chosen documents of token parts, in order, seen as one long row of tokens.
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one global batch, in their order.
 
     Attributes:
-        num_tokens: Length of the stream; every document ends with its end-of-text id.
-        num_bytes: UTF-8 bytes of the documents' texts.
-        num_documents: How many documents were chosen.
+        source: Which source each is of, by its place among the names; int64 [rows].
+        epoch: How often that source was gone through before; int64 [rows].
+        row: Which row of that source it is; int64 [rows].
     """
 
-    def __init__(self, paths: Iterable[Path], fraction: float, held: bool) -> None:
-        self._values, part_of, begins, lengths = [], [], [], []
-        self.num_bytes = 0
-        for number, path in enumerate(paths):
-            part = open_tokens(path)
-            chosen = held_out(part.text_hash, fraction) == held
-            self._values.append(part.values)
-            begins.append(part.offsets[:-1][chosen])
-            lengths.append(np.diff(part.offsets)[chosen])
-            part_of.append(np.full(int(chosen.sum()), number, dtype=np.int32))
-            self.num_bytes += int(part.num_bytes[chosen].sum())
-        self._part = np.concatenate(part_of) if part_of else np.zeros(0, np.int32)
-        self._begin = np.concatenate(begins).astype(np.int64) if begins else np.zeros(0, np.int64)
-        self._start = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]) if lengths else np.zeros(1, np.int64)
-        self.num_documents = len(self._part)
-        self.num_tokens = int(self._start[-1])
-
-    def read(self, start: int, length: int) -> Tokens:
-        """Return tokens [start, start + length) of the stream."""
-        out = np.empty(length, dtype=np.int64)
-        document = int(np.searchsorted(self._start, start, side="right")) - 1
-        filled = 0
-        while filled < length:
-            skip = start + filled - int(self._start[document])
-            count = min(length - filled, int(self._start[document + 1]) - start - filled)
-            begin = int(self._begin[document]) + skip
-            out[filled : filled + count] = self._values[self._part[document]][begin : begin + count]
-            filled += count
-            document += 1
-        return out
-
-    def document(self, index: int) -> Tokens:
-        """Return the tokens of one document."""
-        start, end = int(self._start[index]), int(self._start[index + 1])
-        return self.read(start, end - start)
+    source: Tokens
+    epoch: Tokens
+    row: Tokens
 
 
-class SequenceLoader:
-    """Sequences of `seq_len` inputs and their labels, shuffled anew in every epoch.
+@dataclass(frozen=True)
+class Rows:
+    """What a model is fed.
+
+    Attributes:
+        inputs: int64 [rows, tokens].
+        labels: The token after each input, or -100 where there is none; int64 [rows, tokens].
+        documents: Numbers the documents of each row, in their order; int32 [rows, tokens]. None if not asked for.
+    """
+
+    inputs: Tokens
+    labels: Tokens
+    documents: npt.NDArray[np.int32] | None
+
+
+@dataclass(frozen=True)
+class Order:
+    """All that fixes the order of training; the fields are settings of pretraining.
+
+    Attributes:
+        batch_rows: Samples of one global batch, each of `seq_len` tokens.
+    """
+
+    mixture: AnyMixture
+    packing: AnyPacking
+    seq_len: int
+    batch_rows: int
+    steps: int
+    seed: int
+    warmup: Sequence[WarmUp] = ()
+
+
+class Loader:
+    """Rows of tokens in their order, from one or several sources.
+
+    Attributes:
+        names: The sources.
+        sizes: How many rows an epoch of each has.
 
     Raises:
-        ArtifactError: If the stream is shorter than one sequence.
+        ArtifactError: If a source holds less than a row.
+        ConfigError: If the mixture holds less than the steps ask for.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int, batch_rows: int, seed: int) -> None:
-        self.stream, self.seq_len, self.batch_rows, self.seed = stream, seq_len, batch_rows, seed
-        self.num_sequences = (stream.num_tokens - 1) // seq_len
-        if self.num_sequences < 1:
-            raise ArtifactError(
-                f"seq_len: the {stream.num_documents} training documents have {stream.num_tokens} tokens, fewer than "
-                f"one sequence of {seq_len} and its last label; use more text, a smaller seq_len or validation_fraction"
-            )
+    def __init__(self, sources: Mapping[str, TokenStream], order: Order) -> None:
+        self.names, self.order = sorted(sources), order  # the order of a mapping is not part of a fingerprint
+        self.streams = [sources[name] for name in self.names]
+        self.packers = [order.packing.pack(stream, order.seq_len) for stream in self.streams]
+        self.sizes = [packer.num_rows for packer in self.packers]
+        self.end_of_text, self.vocab_size = self.streams[0].end_of_text, self.streams[0].vocab_size
+        self._check_sizes()
+        self.mixer = make_mixer(order.mixture, dict(zip(self.names, self.sizes, strict=True)), order.seq_len)
+        self._check_epochs()
+        self._chunk = lru_cache(KEPT_CHUNKS)(self._samples)
+        # each source is shuffled by a key of its own, else those of one size would go in step
+        self._seeds = [xxhash.xxh3_64_intdigest(f"{order.seed}/{name}".encode()) for name in self.names]
 
-    def rows(self, step: int) -> Tokens:
-        """Return which sequences are in the batch of `step` (from 1): one batch after another through each epoch."""
-        first = (step - 1) * self.batch_rows
-        samples = np.arange(first, first + self.batch_rows)
-        epochs, places = np.divmod(samples, self.num_sequences)
-        rows = [permute(int(p), self.num_sequences, self.seed, int(e)) for e, p in zip(epochs, places, strict=True)]
-        return np.array(rows, dtype=np.int64)
+    def counts(self, steps: int) -> dict[str, int]:
+        """Return how many samples of each source the first `steps` steps have."""
+        return dict(zip(self.names, self.mixer.counts(steps * self.order.batch_rows), strict=True))
 
-    def read(self, rows: Tokens) -> tuple[Tokens, Tokens]:
-        """Return (inputs, labels), each [rows, seq_len]; a label is the token after its input."""
-        sequences = np.stack([self.stream.read(int(row) * self.seq_len, self.seq_len + 1) for row in rows])
-        return sequences[:, :-1], sequences[:, 1:]
+    def row_length(self, step: int) -> int:
+        """Return the length of the rows at a step (from 1): `seq_len`, or less while it warms up."""
+        seen = (step - 1) * self.order.batch_rows * self.order.seq_len
+        return next((part.seq_len for part in self.order.warmup if seen < part.tokens), self.order.seq_len)
+
+    def samples(self, step: int) -> Samples:
+        """Return the samples of the batch of `step` (from 1)."""
+        first = (step - 1) * self.order.batch_rows
+        stop = first + self.order.batch_rows
+        pieces = [
+            [array[max(0, first - chunk * CHUNK) : stop - chunk * CHUNK] for array in self._chunk(chunk)]
+            for chunk in range(first // CHUNK, -(-stop // CHUNK))
+        ]
+        return Samples(*(pieces[0] if len(pieces) == 1 else map(np.concatenate, zip(*pieces, strict=True))))
+
+    def read(self, step: int, mine: slice = slice(None), documents: bool = True) -> Rows:
+        """Return the rows of some of a step's samples; while the length warms up there are several for each.
+
+        Args:
+            documents: Whether to number the documents.
+
+        Raises:
+            ArtifactError: If a part is damaged, or holds an id outside the vocabulary.
+        """
+        samples = self.samples(step)
+        sources, numbers = samples.source[mine], samples.row[mine]
+        if all(isinstance(packer, ContiguousRows) for packer in self.packers):
+            inputs, labels, begins = self._read_whole(sources, numbers, documents)
+        else:
+            inputs, labels, begins = self._read_pieces(sources, numbers)
+        shape = (-1, self.row_length(step))
+        segments = _number(begins).reshape(shape) if documents else None
+        return Rows(inputs.reshape(shape), labels.reshape(shape), segments)
+
+    def spans(self, step: int) -> Iterator[tuple[str, list[Span]]]:
+        """Yield for every sample of a step its source and what documents its labels are of."""
+        samples = self.samples(step)
+        for source, row in zip(samples.source.tolist(), samples.row.tolist(), strict=True):
+            pieces = self.packers[source].row(row)
+            yield self.names[source], [span for piece in pieces for span in self.streams[source].spans(*piece)]
+
+    def steps_of(self, source: int, start: int, stop: int) -> list[int]:
+        """Return the steps whose batch has tokens of [start, stop), a document's place in a source's stream."""
+        steps = set()
+        size, last = self.sizes[source], self.order.steps * self.order.batch_rows
+        for row in self.packers[source].rows_of(start, stop):
+            for epoch in range(-(-self.mixer.counts(last)[source] // size)):
+                number = epoch * size + unpermute(row, size, self._seeds[source], epoch)
+                sample = self.mixer.place(source, number)
+                if sample is not None and sample < last:
+                    steps.add(sample // self.order.batch_rows + 1)
+        return sorted(steps)
+
+    def _samples(self, chunk: int) -> tuple[Tokens, Tokens, Tokens]:
+        """Return (source, epoch, row) of samples [chunk * CHUNK, (chunk + 1) * CHUNK)."""
+        sources, numbers = self.mixer.pick(np.arange(chunk * CHUNK, (chunk + 1) * CHUNK))
+        epochs, rows = np.empty_like(numbers), np.empty_like(numbers)
+        for source in np.unique(sources).tolist():
+            mine, size = np.flatnonzero(sources == source), self.sizes[source]
+            counted = numbers[mine]  # one after another
+            first = int(counted[0]) // size
+            edges = np.searchsorted(counted, np.arange(first, int(counted[-1]) // size + 2) * size)
+            for epoch, (begin, end) in enumerate(pairwise(edges.tolist()), first):
+                now = mine[begin:end]
+                epochs[now] = epoch
+                rows[now] = permute(counted[begin:end] - epoch * size, size, self._seeds[source], epoch)
+        return sources, epochs, rows
+
+    def _read_whole(
+        self, sources: Tokens, numbers: Tokens, documents: bool
+    ) -> tuple[Tokens, Tokens, npt.NDArray[np.bool_]]:
+        """Return the inputs and labels of rows in one piece, two views of the same, and where a document begins."""
+        seq_len = self.order.seq_len
+        tokens = np.empty((len(numbers), seq_len + 1), np.int64)
+        begins = np.empty((len(numbers), seq_len), np.bool_)
+        for source in set(sources.tolist()):
+            rows = np.flatnonzero(sources == source)
+            self.streams[source].gather(numbers[rows] * seq_len - 1, rows, tokens, begins if documents else None)
+        return tokens[:, :-1], tokens[:, 1:], begins
+
+    def _read_pieces(self, sources: Tokens, numbers: Tokens) -> tuple[Tokens, Tokens, npt.NDArray[np.bool_]]:
+        """Return the inputs and labels of rows of several pieces, and at which positions a document begins."""
+        shape = (len(numbers), self.order.seq_len)
+        inputs, labels = np.full(shape, self.end_of_text), np.full(shape, IGNORED)
+        begins = np.zeros(shape, np.bool_)
+        for row, (source, number) in enumerate(zip(sources.tolist(), numbers.tolist(), strict=True)):
+            at = 0
+            for start, stop in self.packers[source].row(number):
+                tokens = self.streams[source].read(start - 1, stop - start + 1)
+                inputs[row, at : at + stop - start], labels[row, at : at + stop - start] = tokens[:-1], tokens[1:]
+                begins[row, at] = True
+                at += stop - start
+        return inputs, labels, begins | (inputs == self.end_of_text)
+
+    def _check_sizes(self) -> None:
+        """Refuse a source that has no row."""
+        for name, stream, size in zip(self.names, self.streams, self.sizes, strict=True):
+            if size < 1:
+                raise ArtifactError(
+                    f"tokens '{name}': has {stream.num_tokens:,} tokens, fewer than one sequence of "
+                    f"{self.order.seq_len}; use more text or a smaller seq_len"
+                )
+
+    def _check_epochs(self) -> None:
+        """Refuse more steps than the mixture holds at the epochs that it allows."""
+        mixture, counts = self.order.mixture, self.counts(self.order.steps)
+        problems = []
+        for name, size in zip(self.names, self.sizes, strict=True):
+            limit = mixture.epochs[name] if isinstance(mixture, Epochs) else mixture.max_epochs
+            if limit is not None and counts[name] >= limit * size + 1:  # shares are kept to within one sample
+                problems.append(
+                    f"mixture.{'epochs' if isinstance(mixture, Epochs) else 'max_epochs'}: {self.order.steps:,} steps "
+                    f"go {counts[name] / size:.2f} times through '{name}' ({size * self.order.seq_len:,} tokens), at "
+                    f"most {limit:g} are allowed; use fewer steps, more text or another mixture, or raise it"
+                )
+        if problems:
+            raise ConfigError(*problems)
 
 
-def permute(index: int, size: int, seed: int, epoch: int) -> int:
-    """Return where `index` goes in a pseudorandom permutation of range(size), in constant memory.
-
-    A balanced Feistel network of six rounds over the smallest even number of bits that holds `size`, with cycle
-    walking (Black and Rogaway 2002): values that fall outside are sent round again.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for round_number in range(6):
-            left, right = right, left ^ (_mix(right, seed, epoch, round_number) & mask)
-        index = (left << half) | right
-        if index < size:
-            return index
-
-
-def _mix(value: int, seed: int, epoch: int, round_number: int) -> int:
-    """Mix 64 bits: the finalizer of SplitMix64 (Steele et al. 2014) over the value and its key."""
-    word = 2**64 - 1
-    x = (value + 0x9E3779B97F4A7C15 * (1 + seed) + 0xD1342543DE82EF95 * (1 + epoch) + (round_number << 56)) & word
-    for _ in range(2):
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & word
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
-        x ^= x >> 31
-    return x
+def _number(begins: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """Return the running sum of each row: faster than cumsum where there are few to count."""
+    rows, length = begins.shape
+    edges = begins.copy()
+    edges[:, 0] = True
+    places = np.flatnonzero(edges)
+    firsts = np.searchsorted(places, np.arange(rows) * length)
+    counts = np.diff(firsts, append=len(places))
+    numbers = np.arange(len(places)) - np.repeat(firsts - begins[:, 0], counts)
+    return np.repeat(numbers.astype(np.int32), np.diff(places, append=rows * length)).reshape(rows, length)

@@ -19,6 +19,7 @@ from pipeline.stage import Context
 from pipeline.text.tokenizers import TOKENIZER
 from pipeline.track import METRICS
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.training.feed import Feeder
 from pipeline.training.optim import AnyOptimizer
 from pipeline.training.schedule import AnySchedule
 
@@ -56,8 +57,8 @@ class Batch:
 
     Attributes:
         microbatches: What the model is called with, one after another; it returns the summed loss of their labels.
-        weight: Number of labels in the whole batch, over all ranks: what the summed loss is divided by.
-        tokens: Tokens of the whole batch, over all ranks.
+        weight: Number of labels in them; the loss is divided by the sum over all ranks.
+        tokens: Number of tokens in them.
     """
 
     microbatches: list[tuple["torch.Tensor", ...]]
@@ -112,18 +113,19 @@ def train(ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee)
         ctx.log(f"{trainee.label}continues after step {start} of {recipe.steps}, learning rate {rate:.2e}")
     trained = Trained(engine)
     progress = ctx.progress(recipe.steps, f"{trainee.label}steps", start)
-    for step in range(start + 1, recipe.steps + 1):
-        numbers, stop = _do_step(ctx, mpu, recipe, trainee, engine, shape, step)
-        last = step == recipe.steps
-        if last or (recipe.validate_every_steps and step % recipe.validate_every_steps == 0):
-            trained.validation = _validate(ctx, trainee, engine, step)
-            numbers |= trained.validation
-        _log(ctx, trainee, step, numbers)
-        progress.advance(1, f"loss {numbers['loss']:.3f}  {numbers['tokens_per_s']:,.0f} tokens/s")
-        if stop or last or step % run.checkpoint_every_steps == 0:
-            save_checkpoint(engine, trainee.checkpoints, step, zero, run.keep_checkpoints)
-        if stop and not last:
-            raise Preempted(f"{ctx.task} after step {step} of {recipe.steps}, state saved")
+    with Feeder(lambda step: trainee.feed(step, mpu.rank, shape), start + 1, recipe.steps) as feeder:
+        for step in range(start + 1, recipe.steps + 1):
+            numbers, stop = _do_step(ctx, mpu, recipe, trainee, engine, feeder, step)
+            last = step == recipe.steps
+            if last or (recipe.validate_every_steps and step % recipe.validate_every_steps == 0):
+                trained.validation = _validate(ctx, trainee, engine, step)
+                numbers |= trained.validation
+            _log(ctx, trainee, step, numbers)
+            progress.advance(1, f"loss {numbers['loss']:.3f}  {numbers['tokens_per_s']:,.0f} tokens/s")
+            if stop or last or step % run.checkpoint_every_steps == 0:
+                save_checkpoint(engine, trainee.checkpoints, step, zero, run.keep_checkpoints)
+            if stop and not last:
+                raise Preempted(f"{ctx.task} after step {step} of {recipe.steps}, state saved")
     progress.close()
     if start == recipe.steps:  # an earlier try did all steps but was ended before the end
         trained.validation = _validate(ctx, trainee, engine, start)
@@ -147,25 +149,31 @@ def write_model(ctx: Context, tokenizer: Path, save: Callable[[Path], list[str]]
 
 
 def _do_step(
-    ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee, engine: Any, shape: BatchShape, step: int
+    ctx: Context,
+    mpu: DataParallelUnit,
+    recipe: Recipe,
+    trainee: Trainee,
+    engine: Any,
+    feeder: Feeder[Batch],
+    step: int,
 ) -> tuple[dict[str, float], bool]:
     """Feed one batch and update the weights; return the step's numbers, and whether some rank was asked to stop."""
     began = time.perf_counter()
-    batch = trainee.feed(step, mpu.rank, shape)
-    waited_s = time.perf_counter() - began
+    batch, waited_s = feeder.take()
+    weight, tokens = _sum([batch.weight, batch.tokens], engine.device, mpu)
     _seed(recipe.seed, step, mpu.rank)
     for group in engine.optimizer.param_groups:
         group["lr"] = _rate(recipe, step)
-    loss, stop = _reduce(_optimize(engine, batch), ctx.should_stop(), mpu)
+    loss, stops = _sum([_optimize(engine, batch, weight), ctx.should_stop()], engine.device, mpu)
     _check_finite(ctx, trainee, step, {"loss": loss})
     seconds = time.perf_counter() - began
     return {
         "loss": loss,
         "lr": _rate(recipe, step),
         "grad_norm": float(engine.get_global_grad_norm()),
-        "tokens_per_s": batch.tokens / seconds,
+        "tokens_per_s": tokens / seconds,
         "data_wait_fraction": waited_s / seconds,
-    }, stop
+    }, stops > 0
 
 
 def _validate(ctx: Context, trainee: Trainee, engine: Any, step: int) -> Mapping[str, float]:
@@ -183,35 +191,36 @@ def _check_finite(ctx: Context, trainee: Trainee, step: int, numbers: Mapping[st
             )
 
 
-def _optimize(engine: Any, batch: Batch) -> "torch.Tensor":
-    """Do one optimizer step; return this rank's share of the batch's mean loss, a scalar.
+def _optimize(engine: Any, batch: Batch, weight: float) -> float:
+    """Do one optimizer step; return this rank's share of the batch's mean loss.
 
     DeepSpeed averages over microbatches and ranks; each loss is scaled so that the average is the sum of all losses
-    over the number of labels in the whole batch, however these are spread.
+    over `weight`, the number of labels in the whole batch, however these are spread.
     """
     import torch
 
     engine.train()
-    scale = len(batch.microbatches) * engine.dp_world_size / batch.weight
+    scale = len(batch.microbatches) * engine.dp_world_size / weight
     losses = []
     for microbatch in batch.microbatches:
         loss = engine(*(tensor.to(engine.device, non_blocking=True) for tensor in microbatch))
         engine.backward(loss * scale)
         engine.step()
         losses.append(loss.detach())
-    return torch.stack(losses).sum() / batch.weight
+    return (torch.stack(losses).sum() / weight).item()
 
 
-def _reduce(loss: "torch.Tensor", stop: bool, mpu: DataParallelUnit) -> tuple[float, bool]:
-    """Sum the loss over ranks, and agree to stop if any rank was asked to."""
+def _sum(numbers: list[float], device: "torch.device", mpu: DataParallelUnit) -> list[float]:
+    """Sum each number over the ranks."""
     if mpu.world == 1:
-        return loss.item(), stop
+        return numbers
     import torch
     import torch.distributed as dist
 
-    both = torch.stack([loss.float(), torch.tensor(float(stop), device=loss.device)])
-    dist.all_reduce(both, group=mpu.data_group)
-    return both[0].item(), both[1].item() > 0
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums, group=mpu.data_group)
+    summed: list[float] = sums.tolist()
+    return summed
 
 
 def _rate(recipe: Recipe, step: int) -> float:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.text.loader import Tokens, TokenStream
+from pipeline.text.loader import IGNORED
+from pipeline.text.stream import Tokens, TokenStream
 
 if TYPE_CHECKING:
     import torch
-
-IGNORED = -100  # a label that has no loss
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ def score(
     rows: int,
     first_id: int,
     windows: Sequence[int | None] | None = None,
+    document_mask: bool = False,
 ) -> Score:
     """Return the loss of `model` on a stream of documents, cut into windows of `seq_len` tokens to predict.
 
@@ -56,8 +56,10 @@ def score(
 
     Args:
         rows: Windows that the model is fed at once.
+        first_id: The id that ends every document.
         windows: Which windows to score, by number; all if null. A None feeds a window without labels, so that ranks
             that share the work can call the model equally often.
+        document_mask: Whether the model sees each document alone, as the loader's rows are masked in training.
     """
     import torch
 
@@ -69,7 +71,8 @@ def score(
         for first in range(0, len(chosen), rows):
             pairs = [_window(stream, seq_len, first_id, number) for number in chosen[first : first + rows]]
             inputs, labels = (np.stack(side) for side in zip(*pairs, strict=True))
-            nats += model(torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device)).item()
+            fed = [inputs, labels, *([np.cumsum(inputs == first_id, axis=1)] if document_mask else [])]
+            nats += model(*(torch.from_numpy(array).to(device) for array in fed)).item()
             tokens += int((labels != IGNORED).sum())
     model.train(was_training)
     return Score(nats, tokens)

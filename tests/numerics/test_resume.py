@@ -24,7 +24,6 @@ def pretrain(tiny_tokens, tmp_path):
 
     def arguments(root: str, *more: object) -> list[object]:
         settings = {"tokens": tiny_tokens, "seq_len": 32, "batch_tokens": 512, "steps": 20, "validation_sequences": 8}
-        settings |= {"validation_fraction": 0.05}
         return [
             "stage=pretrain",
             "~stage.model",
@@ -125,6 +124,16 @@ def test_two_ranks_learn_what_one_learns(pretrain, tmp_path, how):
     assert len(losses(tmp_path, "one")) == 20
     assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), rel=LOSS_TOLERANCE)
     assert weights(tmp_path, "one") != weights(tmp_path, "two")  # it did run as two: sums in another order
+
+
+def test_packing_and_warm_up_do_not_depend_on_ranks_and_microbatches(pretrain, tmp_path):
+    what = ["stage.packing={kind:best_fit}", "stage.seq_len_warmup=[{tokens:3000,seq_len:8}]", "stage.steps=10"]
+    what.append("stage.model.dropout=0.0")
+    run_pipeline(*pretrain("one", *what))
+    run_pipeline(*pretrain("two", *what, "run.ranks=2", "run.microbatch_sequences=4"))
+    assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), rel=LOSS_TOLERANCE)
+    run_pipeline(*pretrain("padded", "stage.packing={kind:padded}", *what[1:]))
+    assert losses(tmp_path, "padded") != losses(tmp_path, "one")
 
 
 def test_a_damaged_checkpoint_is_set_aside(pretrain, tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.text.arrow import write_tokens
-from pipeline.text.loader import TokenStream
+from pipeline.text.stream import TokenStream
+from pipeline.text.token_parts import TokenWriter
 from pipeline.training.metrics import accuracy, macro_f1, num_windows, score
 
 VOCAB = 11
@@ -27,9 +27,9 @@ class Bigram(torch.nn.Module):
 def stream(tmp_path):
     values = np.random.default_rng(0).integers(0, VOCAB, 103).astype(np.uint16)
     lengths = np.array([3, 50, 50])
-    hashes = np.zeros(3, np.uint64)
-    write_tokens(tmp_path / "part-00000.arrow", ["a", "b", "c"], values, lengths, lengths * 2, hashes)
-    return TokenStream([tmp_path / "part-00000.arrow"], 0.5, held=True)
+    with TokenWriter(tmp_path / "held-00000.arrow", "uint16") as writer:
+        writer.add(["a", "b", "c"], ["s"] * 3, values, lengths, lengths * 2, [0] * 3)
+    return TokenStream([str(tmp_path / "held-00000.arrow")], [103], end_of_text=7, vocab_size=VOCAB, num_bytes=206)
 
 
 def test_every_token_is_predicted_once_however_the_stream_is_cut(stream):
@@ -53,6 +53,22 @@ def test_ranks_that_share_the_windows_see_all_of_them(stream):
     shares = [score(model, stream, 8, 4, 7, windows[rank::2]) for rank in range(2)]
     assert sum(share.tokens for share in shares) == whole.tokens
     assert sum(share.nats for share in shares) == pytest.approx(whole.nats, rel=1e-5)
+
+
+class OneDocument(torch.nn.Module):
+    """Checks how the documents are numbered; its loss is the number of labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, ids, labels, documents):
+        assert (documents.diff(dim=1) == (ids[:, 1:] == 7).long()).all()  # a new one wherever an end of text is read
+        return (labels != -100).sum()
+
+
+def test_documents_are_numbered_where_they_are_masked(stream):
+    assert score(OneDocument(), stream, 8, 4, first_id=7, document_mask=True).nats == 103
 
 
 def test_a_model_is_left_in_the_mode_it_was_in(stream):

@@ -1,0 +1,262 @@
+"""A tokens artifact as one long row of tokens, read in place from its memory-mapped parts."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.artifact import Artifact
+from pipeline.errors import ArtifactError
+from pipeline.text.token_parts import TokenPart, open_tokens
+
+Tokens = npt.NDArray[np.int64]
+
+FEW_ROWS = 6  # for each part: fewer are copied one by one
+MAX_OPEN_PARTS = 4096  # memory maps at one time; Linux allows a process 65,530 (vm.max_map_count)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some tokens of a document.
+
+    Attributes:
+        part: Name of the file that it is in.
+        id: The document's id.
+        source: Where the document is from, as the corpus says.
+        begin: First token within the document.
+        end: Token after the last one.
+    """
+
+    part: str
+    id: str
+    source: str
+    begin: int
+    end: int
+
+
+def open_stream(tokens: Artifact, prefix: str = "part-") -> "TokenStream":
+    """Return the documents of a tokens artifact to train on, or with "held-" those that are held out.
+
+    Raises:
+        ArtifactError: If a file of them is not what the manifest says, or an id is outside the vocabulary.
+    """
+    stats, names = tokens.stats, tokens.parts(prefix)
+    if stats["max_token_id"] >= stats["vocab_size"]:
+        raise ArtifactError(
+            f"{tokens.place}: has the id {stats['max_token_id']}, but its vocabulary has {stats['vocab_size']}; "
+            "tokenize again"
+        )
+    tokens.prove(names)
+    held = prefix == "held-"
+    documents, num_bytes = (
+        stats[f"held_out.{what}"] if held else stats[what] - stats[f"held_out.{what}"]
+        for what in ("documents", "bytes")
+    )
+    return TokenStream(
+        names,
+        [stats["part_tokens"][name] for name in names],
+        end_of_text=stats["end_of_text_id"],
+        vocab_size=stats["vocab_size"],
+        num_documents=documents,
+        num_bytes=num_bytes,
+        find_part=tokens.proven_file,
+    )
+
+
+class TokenStream:
+    """The parts of one tokens artifact, one behind another; each is opened when it is first read.
+
+    Attributes:
+        num_tokens: Length of the stream; every document ends with its end-of-text id.
+        end_of_text: That id; it also stands before the first token.
+        dtype: Of the ids as they are stored, uint16 or uint32.
+        vocab_size: Every id is smaller.
+        num_documents: How many documents there are.
+        num_bytes: UTF-8 bytes of their texts.
+
+    Args:
+        sizes: How many tokens each part has.
+        find_part: Gives the path of a part by its name, when it is first read.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        end_of_text: int,
+        vocab_size: int,
+        num_documents: int = 0,
+        num_bytes: int = 0,
+        find_part: Callable[[str], Path] = Path,
+    ) -> None:
+        self.names, self.end_of_text, self.vocab_size = list(names), end_of_text, vocab_size
+        self._find_part = find_part
+        self.num_documents, self.num_bytes = num_documents, num_bytes
+        self._begins: Tokens = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self.begins = self._begins.tolist()
+        self.num_tokens = int(self.begins[-1])
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+        self._parts: dict[int, TokenPart] = {}
+
+    def read(self, start: int, length: int) -> Tokens:
+        """Return tokens [start, start + length) of the stream; the one before the first is the end of a text.
+
+        Raises:
+            ArtifactError: If one of the ids is outside the vocabulary, or a part is damaged.
+        """
+        out = np.empty(length, dtype=np.int64)
+        filled = 0
+        if start < 0:
+            out[0], filled = self.end_of_text, 1
+        while filled < length:
+            number = self.part_of(start + filled)
+            begin, end = self.begins[number], self.begins[number + 1]
+            stop = min(start + length, end)
+            ids = self._part(number).tokens(start + filled - begin, stop - begin)
+            out[filled : stop - start] = self._checked(number, ids)
+            filled = stop - start
+        return out
+
+    def gather(self, starts: Tokens, rows: Tokens, out: Tokens, begins: npt.NDArray[np.bool_] | None) -> None:
+        """Copy tokens [starts[i], starts[i] + out.shape[1]) into row rows[i] of `out`.
+
+        Args:
+            begins: If given, is told in the same rows at which tokens but the last the end-of-text id stands.
+
+        Raises:
+            ArtifactError: If one of the ids is outside the vocabulary, or a part is damaged.
+        """
+        numbers = self._begins.searchsorted(starts, side="right") - 1
+        parts = set(numbers.tolist())
+        if len(starts) < FEW_ROWS * len(parts):
+            for row, number, start in zip(rows.tolist(), numbers.tolist(), starts.tolist(), strict=True):
+                out[row] = self._row(number, start, out.shape[1])
+            if begins is not None:
+                begins[rows] = out[rows, :-1] == self.end_of_text
+            return
+        for number in parts:
+            mine = (numbers == number).nonzero()[0]
+            ids = self._gather(number, starts[mine], out.shape[1])
+            out[rows[mine]] = ids
+            if begins is not None:
+                begins[rows[mine]] = ids[:, :-1] == self.end_of_text
+
+    def _row(self, number: int, start: int, length: int) -> npt.NDArray[Any]:
+        """Return a row of ids that begins in a part: without a copy where it lies in one batch."""
+        begin, end = self.begins[number], self.begins[number + 1]
+        if number >= 0 and start + length <= end:
+            return self._checked(number, self._part(number).tokens(start - begin, start - begin + length))
+        return self.read(start, length)
+
+    def _gather(self, number: int, starts: Tokens, length: int) -> npt.NDArray[Any]:
+        """Return rows of ids that begin in one part: numpy copies all of them in one call."""
+        if number < 0:  # begins before the first token
+            return self.read(-1, length)[None]
+        part = self._part(number)
+        local = starts - self.begins[number]
+        batches = part.starts.searchsorted(local, side="right") - 1
+        inside = local + length <= part.starts[batches + 1]
+        if not inside.any():
+            return np.stack([self.read(start, length) for start in starts.tolist()])
+        places = local + (part.places - part.starts[:-1])[batches]
+        places[~inside] = places[inside.argmax()]  # any that can be copied; these rows come below
+        flat, size = part.flat, part.flat.itemsize
+        windows: npt.NDArray[Any] = np.ndarray((len(flat) - length + 1, length), flat.dtype, flat, 0, (size, size))
+        ids = self._checked(number, windows[places])
+        for row in (~inside).nonzero()[0].tolist():  # goes on in the next batch or part
+            ids[row] = self.read(int(starts[row]), length)
+        return ids
+
+    def part_of(self, token: int) -> int:
+        """Return the number of the part that a token lies in."""
+        return bisect_right(self.begins, token) - 1
+
+    def spans(self, start: int, stop: int) -> list[Span]:
+        """Return the documents that tokens [start, stop) belong to."""
+        spans = []
+        while start < stop:
+            number = self.part_of(start)
+            part, begin = self._part(number), self.begins[number]
+            batch = int(np.searchsorted(part.starts, start - begin, side="right")) - 1
+            offsets = part.offsets(batch) + begin
+            ids, sources, _, _ = part.rows(batch)
+            row = int(np.searchsorted(offsets, start, side="right")) - 1
+            while start < stop and row < len(ids):
+                first, end = int(offsets[row]), min(stop, int(offsets[row + 1]))
+                if end > start:
+                    spans.append(Span(self.names[number], ids[row], sources[row], start - first, end - first))
+                start, row = max(start, end), row + 1
+        return spans
+
+    def documents(self) -> Iterator[tuple[int, int]]:
+        """Yield where each document lies in the stream, its end-of-text id included."""
+        for window in range(len(self.window_starts) - 1):
+            yield from pairwise(self.bounds(window).tolist())
+
+    def find(self, document: str) -> list[tuple[int, int]]:
+        """Return where the documents of this id lie in the stream; reads the ids of all."""
+        found = []
+        for number in range(len(self.names)):
+            part = self._part(number)
+            for batch in range(part.num_batches):
+                offsets = part.offsets(batch)
+                for row, identity in enumerate(part.rows(batch)[0]):
+                    if identity == document:
+                        begin = self.begins[number]
+                        found.append((begin + int(offsets[row]), begin + int(offsets[row + 1])))
+        return found
+
+    # Windows: the record batches of all parts, which packing looks at one by one.
+
+    @cached_property
+    def window_starts(self) -> Tokens:
+        """First token of every window, and the end of the stream; opens every part."""
+        starts = [self._part(number).starts[:-1] + self.begins[number] for number in range(len(self.names))]
+        return np.concatenate([*starts, [self.num_tokens]]).astype(np.int64)
+
+    def bounds(self, window: int) -> Tokens:
+        """Return where each document of a window begins, and where the last one ends."""
+        start = int(self.window_starts[window])
+        number = self.part_of(start)
+        part, begin = self._part(number), self.begins[number]
+        bounds: Tokens = part.offsets(int(np.searchsorted(part.starts, start - begin, side="right")) - 1) + begin
+        return bounds
+
+    def window_of(self, token: int) -> int:
+        """Return the window that a token lies in."""
+        return int(np.searchsorted(self.window_starts, token, side="right")) - 1
+
+    def _checked(self, number: int, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return ids of a part. Raises ArtifactError if one is outside the vocabulary."""
+        largest = int(ids.max(initial=0))
+        if largest >= self.vocab_size:
+            raise ArtifactError(
+                f"{self._part(number).path}: has the id {largest}, but the vocabulary has {self.vocab_size}; tokenize "
+                "again"
+            )
+        return ids
+
+    def _part(self, number: int) -> TokenPart:
+        part = self._parts.pop(number, None)
+        if part is None:
+            part = open_tokens(self._find_part(self.names[number]))
+            if part.num_tokens != self.begins[number + 1] - self.begins[number]:
+                raise ArtifactError(
+                    f"{part.path}: the manifest says {self.begins[number + 1] - self.begins[number]} tokens, found "
+                    f"{part.num_tokens}; tokenize again"
+                )
+            if part.flat.dtype != self.dtype:
+                raise ArtifactError(
+                    f"{part.path}: wanted ids of {self.dtype} for a vocabulary of {self.vocab_size}, found "
+                    f"{part.flat.dtype}; tokenize again"
+                )
+            if len(self._parts) >= MAX_OPEN_PARTS:
+                self._parts.pop(next(iter(self._parts)), None)
+        self._parts[number] = part  # last: the one used most recently
+        return part

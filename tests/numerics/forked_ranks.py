@@ -1,0 +1,92 @@
+"""Starts ranks of a frozen task by forking a process that has imported everything, and kills them when told to.
+
+`python forked_ranks.py TASK.json WORLD LEDGER SECONDS…`: once for each number of seconds the ranks are started and one
+of them, chosen at random, is killed after that time, with the others behind it, as a launcher does; then they run to
+their end. LEDGER gets a line of JSON for everything that the loader reads: the rank, the step and its sample ids.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # noqa: F401 (here, so that no rank has to)
+import torch
+
+from pipeline import worker
+from pipeline.text import loader
+
+
+def keep_ledger(path: Path, rank: int) -> None:
+    """Write down all that this rank's loader reads, each in one write."""
+    read: Callable[..., Any] = loader.Loader.read
+    ledger = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def reading(self: loader.Loader, step: int, mine: slice = slice(None)) -> loader.Rows:
+        samples = self.samples(step)
+        ids = list(zip(samples.source[mine].tolist(), samples.epoch[mine].tolist(), samples.row[mine].tolist(), strict=True))
+        os.write(ledger, json.dumps({"rank": rank, "step": step, "first": mine.start, "ids": ids}).encode() + b"\n")
+        rows: loader.Rows = read(self, step, mine)
+        return rows
+
+    loader.Loader.read = reading  # type: ignore[method-assign]
+
+
+def start(task: Path, world: int, port: int, rank: int, ledger: Path) -> int:
+    """Fork one rank; return its process id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        log = os.open(task.parent / f"forked-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.set_num_threads(1)
+        keep_ledger(ledger, rank)
+        sys.argv = ["rank.py", str(task)]
+        worker.main()
+        status = 0
+    except SystemExit as error:
+        status = int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def run(task: Path, world: int, ledger: Path, seconds: float | None) -> list[int]:
+    """Run the ranks, kill them after so many seconds if that is not null, and return their exit statuses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [start(task, world, port, rank, ledger) for rank in range(world)]
+    if seconds is not None:
+        time.sleep(seconds)
+        for rank in random.sample(ranks, world):
+            os.kill(rank, signal.SIGKILL)
+    return [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+
+
+def main() -> None:
+    """Do what the command line says; end with an error if the ranks do not end well."""
+    task, world, ledger = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    for seconds in map(float, sys.argv[4:]):
+        statuses = run(task, world, ledger, seconds)
+        print(json.dumps({"killed": all(status == -signal.SIGKILL for status in statuses)}), flush=True)
+    statuses = run(task, world, ledger, None)
+    print(json.dumps({"ended": statuses}), flush=True)
+    sys.exit(any(statuses))
+
+
+if __name__ == "__main__":
+    main()
