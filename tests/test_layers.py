@@ -30,6 +30,7 @@ DOORS = {
     "datasets": {"text.readers"},
     "pyarrow": {"text.arrow", "text.token_parts"},
     "tokenizers": {"text.tokenizers", "text.trainers"},
+    "awkward": {"text.engine"},
     "gigatoken": {"text.engine"},
     "transformers": {"models.hf"},
     "fsspec": {"remote"},

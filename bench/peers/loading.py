@@ -9,7 +9,9 @@ import importlib.machinery
 import json
 import os
 import resource
+import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -243,7 +245,6 @@ def documents_of(data: str) -> Iterator[Any]:
 def megatron() -> Callable[..., Batches]:
     """Return Megatron-LM's GPTDataset, with no index cached yet."""
     gpt, indexed, utils = import_megatron()
-    utils.compile_helpers()
 
     def batches(data: Path, seq_len: int, rows: int) -> Batches:
         tokenizer = MagicMock(eod=END, pad=VOCABULARY, vocab_size=VOCABULARY, unique_identifiers={"name": "gpt2"})
@@ -276,12 +277,23 @@ def megatron() -> Callable[..., Batches]:
 
 
 def write_megatron(data: Path, seq_len: int) -> None:
-    """Write Megatron's index of the documents; its tokens are the flat file."""
+    """Compile Megatron's helper and write its index of the documents; its tokens are the flat file."""
+    compile_helper(Path(sys.argv[6]) / "megatron/core/datasets")
     _, indexed, _ = import_megatron()
     lengths = np.load(data / "lengths.npy")
     (data / "megatron.bin").hardlink_to(data / "flat.bin")
     with indexed._IndexWriter(str(data / "megatron.idx"), np.uint16) as writer:
         writer.write(lengths.tolist(), None, list(range(len(lengths) + 1)))
+
+
+def compile_helper(folder: Path) -> None:
+    """Compile as Megatron's Makefile does, but for this interpreter instead of the first on the path."""
+    import pybind11
+
+    out = folder / f"helpers_cpp{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [f"-I{path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
+    flags = ["-O3", "-Wall", "-shared", "-std=c++17", "-fPIC"]
+    subprocess.run(["c++", *flags, *includes, str(folder / "helpers.cpp"), "-o", str(out)], check=True)
 
 
 def import_megatron() -> tuple[Any, Any, Any]:

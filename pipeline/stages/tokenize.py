@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -28,7 +27,8 @@ class Tokenize(Stage):
     """Encodes every document and ends it with the end-of-text token. The tokenizer is copied beside the tokens.
 
     Attributes:
-        end_of_text: The token that ends a document; an id that no text is encoded to.
+        end_of_text: The token that ends a document, an id that no text is encoded to; null is the one that the
+            tokenizer's own stage names.
         held_out_fraction: Share of the documents that are kept from training, chosen by their text alone.
     """
 
@@ -39,7 +39,7 @@ class Tokenize(Stage):
     kind: Literal["tokenize"] = "tokenize"
     corpus: Annotated[str, Input("corpus")]
     tokenizer: Annotated[str, Input("tokenizer", "export")]
-    end_of_text: str = END_OF_TEXT
+    end_of_text: str | None = None
     held_out_fraction: float = Field(default=0.02, ge=0, lt=1)
 
     @classmethod
@@ -50,8 +50,8 @@ class Tokenize(Stage):
     def check(self, upstream: Mapping[str, Stage], run: Run) -> Iterator[tuple[str, str]]:
         """Refuse an end-of-text token that the tokenizer will not have."""
         maker = upstream["tokenizer"]
-        if isinstance(maker, TrainTokenizer) and self.end_of_text not in maker.special_tokens:
-            known = nearest(self.end_of_text, maker.special_tokens)
+        if isinstance(maker, TrainTokenizer) and self.end_of_text not in (None, *maker.special_tokens):
+            known = nearest(str(self.end_of_text), maker.special_tokens)
             yield "end_of_text", f"the tokenizer has no special token '{self.end_of_text}'{known}"
 
     def run(self, ctx: Context) -> None:
@@ -59,9 +59,10 @@ class Tokenize(Stage):
         from pipeline.text.encoding import Encoder, PartEncoder
         from pipeline.text.engine import choose_engine
 
-        corpus, source = ctx.inputs["corpus"], ctx.inputs["tokenizer"].file(TOKENIZER)
+        corpus, maker = ctx.inputs["corpus"], ctx.inputs["tokenizer"]
+        source = maker.file(TOKENIZER)
         tokenizer = load(source)
-        end = self._end_id(tokenizer, source)
+        end = self._end_id(tokenizer, maker)
         if ctx.rank == 0:
             with ctx.output.write(TOKENIZER) as path:
                 shutil.copyfile(source, path)
@@ -94,9 +95,9 @@ class Tokenize(Stage):
                 f"{ctx.task}: all {stats['documents']:,} documents are held out, so there are none to train on; "
                 f"held_out_fraction is {self.held_out_fraction}: lower it, or read more text"
             )
-        source = ctx.inputs["tokenizer"].file(TOKENIZER)
-        tokenizer = load(source)
-        end, special = self._end_id(tokenizer, source), list(tokenizer.special_tokens.values())
+        maker = ctx.inputs["tokenizer"]
+        tokenizer = load(maker.file(TOKENIZER))
+        end, special = self._end_id(tokenizer, maker), list(tokenizer.special_tokens.values())
         tally = read_tally(ctx.directory / WORK / ENCODING, tokenizer.vocab_size)
         if int(tally.counts.sum()) != stats["tokens"]:
             raise ArtifactError(
@@ -123,17 +124,20 @@ class Tokenize(Stage):
         """Encode the corpus again with the plain library, and yield what is not what was stored."""
         from pipeline.text.encoding import compare_part
 
-        corpus, source = inputs["corpus"], inputs["tokenizer"].file(TOKENIZER)
-        tokenizer = load(source)
-        end = self._end_id(tokenizer, source)
+        corpus = inputs.get("corpus")
+        if corpus is None:
+            return
+        tokenizer, end = load(artifact.file(TOKENIZER)), artifact.stats["end_of_text_id"]
         for name in corpus.parts():
             yield from compare_part(artifact, corpus.file(name), tokenizer, end, self.held_out_fraction)
 
-    def _end_id(self, tokenizer: Tokenizer, path: Path) -> int:
-        number = tokenizer.token_id(self.end_of_text)
+    def _end_id(self, tokenizer: Tokenizer, maker: Artifact) -> int:
+        """Return the id that ends a document; `maker` is the artifact of the tokenizer."""
+        name = self.end_of_text or maker.stats.get("end_of_text", END_OF_TEXT)
+        number = tokenizer.token_id(name)
         if number is None:
-            known = nearest(self.end_of_text, list(tokenizer.special_tokens))
-            raise ArtifactError(f"end_of_text: {path} has no token '{self.end_of_text}'{known}")
+            known = nearest(name, list(tokenizer.special_tokens))
+            raise ArtifactError(f"end_of_text: {maker.path / TOKENIZER} has no token '{name}'{known}")
         return number
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from pipeline.text.flat import Texts
+
 CORPUS = {"id": "string", "text": "large_string", "source": "string", "meta": "string"}
 REJECTS = {"id": "string", "reason": "string", "detail": "string", "text": "large_string"}
 BATCH_BYTES = 1 << 20  # text of a record batch: what a writer or reader holds in memory
@@ -97,13 +99,10 @@ class TextBatch:
 
     Attributes:
         columns: `id`, `source` and `meta` as Arrow arrays.
-        texts: UTF-8.
-        num_bytes: Length of each text.
     """
 
     columns: dict[str, Any]
-    texts: list[bytes]
-    num_bytes: npt.NDArray[np.int64]
+    texts: Texts
 
     def distinct(self, name: str) -> tuple[list[str], npt.NDArray[np.int64]]:
         """Return (the different values of a column, the number of each document's value among them)."""
@@ -249,16 +248,18 @@ def _text_batch(batches: Sequence[Any]) -> TextBatch:
     import numpy as np
     import pyarrow as pa
 
+    from pipeline.text.flat import Texts
+
     columns = {name: pa.concat_arrays([batch.column(name) for batch in batches]) for name in ("id", "source", "meta")}
-    sizes = np.concatenate([np.diff(_text_places(batch)) for batch in batches])
-    return TextBatch(columns, list(itertools.chain.from_iterable(map(_texts, batches))), sizes)
-
-
-def _texts(batch: Any) -> list[bytes]:
-    """Return the texts of a record batch, copied out of the file."""
-    places = _text_places(batch)
-    content = bytes(memoryview(batch.column("text").buffers()[2] or b"")[places[0] : places[-1]])
-    return [content[start:stop] for start, stop in itertools.pairwise((places - places[0]).tolist())]
+    places = [_text_places(batch) for batch in batches]
+    sizes = np.concatenate([np.diff(place) for place in places])
+    data = [
+        np.frombuffer(batch.column("text").buffers()[2] or b"", np.uint8)[place[0] : place[-1]]
+        for batch, place in zip(batches, places, strict=True)
+    ]
+    starts = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=starts[1:])
+    return TextBatch(columns, Texts(np.concatenate(data), starts))
 
 
 def _text_places(batch: Any) -> npt.NDArray[np.int64]:

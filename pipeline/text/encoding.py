@@ -133,18 +133,18 @@ class PartEncoder:
         values, lengths = self._encoder.encode(self._source, batch)
         hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, batch.texts), np.uint64, len(batch.texts))
         held = held_out(hashes, self._encoder.held_out_fraction)
-        rows = (batch.columns["id"], batch.columns["source"], values, lengths, batch.num_bytes, hashes)
+        rows = (batch.columns["id"], batch.columns["source"], values, lengths, batch.texts.sizes, hashes)
         for name, chosen in zip(self._names, (~held, held), strict=True):
             if chosen.any():
                 self._open(files, name).add(*rows, chosen)
-                counted = (int(chosen.sum()), int(lengths[chosen].sum()), int(batch.num_bytes[chosen].sum()))
+                counted = (int(chosen.sum()), int(lengths[chosen].sum()), int(batch.texts.sizes[chosen].sum()))
                 known = self._counted.get(name, (0, 0, 0))
                 self._counted[name] = (known[0] + counted[0], known[1] + counted[1], known[2] + counted[2])
         self._tally.add(batch, values, lengths)
         sampled, stops = int(hashes.argmin()), np.cumsum(lengths)
         ids = values[stops[sampled] - lengths[sampled] : stops[sampled] - 1].tolist()
-        self._tally.sample(batch.texts[sampled].decode(), ids, self._encoder.tokenizer.decode)
-        return int(batch.num_bytes.sum())
+        self._tally.sample(batch.texts.text(sampled), ids, self._encoder.tokenizer.decode)
+        return int(batch.texts.sizes.sum())
 
     def _open(self, files: ExitStack, name: str) -> TokenWriter:
         if name not in self._writers:
@@ -177,7 +177,7 @@ def compare_part(
     names = [f"{side}-{part_label(source.name)}.arrow" for side in ("part", "held")]
     stored = [_documents(tokens, name) for name in names]
     for batch in read_texts(source, BATCH_BYTES):
-        values, lengths = tokenizer.encode_batch([text.decode() for text in batch.texts], end)
+        values, lengths = tokenizer.encode_batch([text.tobytes().decode() for text in batch.texts], end)
         wanted = np.split(values, np.cumsum(lengths)[:-1])
         hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, batch.texts), np.uint64, len(batch.texts))
         sides = held_out(hashes, held_out_fraction).astype(int).tolist()

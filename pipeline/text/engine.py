@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.text.characters import disputed
+from pipeline.text.flat import Texts
 from pipeline.text.hostile import HOSTILE
 from pipeline.text.tokenizers import Tokenizer
 
@@ -25,7 +26,6 @@ from pipeline.text.tokenizers import Tokenizer
 # for text and by five times for random words; a fresh one needs about 64 MB of text to be fast again.
 REFRESH_BYTES = 256 << 20
 
-Texts = Sequence[str] | Sequence[bytes]
 Encoded = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
 
 
@@ -44,7 +44,6 @@ class Engine(Protocol):
         """Return (the ids of all texts one after another, of the tokenizer's dtype; how many each text has).
 
         Args:
-            texts: Strings or, which is faster, their UTF-8.
             end: An id to put after each text, counted with it.
         """
 
@@ -60,7 +59,7 @@ class Plain:
 
     def encode(self, texts: Texts, end: int | None = None) -> Encoded:
         """See `Engine.encode`."""
-        return self._tokenizer.encode_batch([t if isinstance(t, str) else t.decode() for t in texts], end)
+        return self._tokenizer.encode_batch([text.tobytes().decode() for text in texts], end)
 
 
 class Gigatoken:
@@ -84,23 +83,22 @@ class Gigatoken:
 
     def encode(self, texts: Texts, end: int | None = None) -> Encoded:
         """See `Engine.encode`."""
-        raw = [t.encode() if isinstance(t, str) else t for t in texts]
         pieces, begin = [], 0
-        for number in disputed(raw):
-            plain = self._tokenizer.encode_batch([raw[number].decode()], end)
-            pieces += [self._encode(raw[begin:number], end), plain]
+        for number in disputed(texts):
+            plain = self._tokenizer.encode_batch([texts.text(number)], end)
+            pieces += [self._encode(texts.part(begin, number), end), plain]
             begin = number + 1
-        last = self._encode(raw[begin:], end)
+        last = self._encode(texts.part(begin, len(texts)) if begin else texts, end)
         if not pieces:
             return last
         values, lengths = zip(*pieces, last, strict=True)
         return np.concatenate(values), np.concatenate(lengths)
 
-    def _encode(self, raw: list[bytes], end: int | None) -> Encoded:
+    def _encode(self, texts: Texts, end: int | None) -> Encoded:
         if self._held_bytes > REFRESH_BYTES:
             self._begin()
-        self._held_bytes += sum(map(len, raw))
-        layout = self._inner.encode_batch(raw, parallel=False).layout
+        self._held_bytes += len(texts.data)
+        layout = self._inner.encode_batch(_as_awkward(texts), parallel=False).layout
         stops = np.asarray(layout.offsets.data)
         values = np.asarray(layout.content.data)[stops[0] : stops[-1]]
         return _with_end(values, stops - stops[0], end, self._tokenizer.dtype)
@@ -121,7 +119,7 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> Engine:
     wanted = tokenizer.encode_batch(texts)
     try:
         engine = Gigatoken(tokenizer)
-        found = engine.encode(texts)
+        found = engine.encode(Texts.of(texts))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # what Rust calls a panic is no Exception
@@ -159,6 +157,16 @@ def train_merges(path: Path, separator: bytes, num_merges: int) -> list[tuple[by
 
     with _silent():
         return list(train_bpe(TextFileSource([path], separator=separator), 256 + num_merges, [])[1])
+
+
+def _as_awkward(texts: Texts) -> Any:
+    """Return the array of texts that gigatoken reads in place."""
+    from awkward import Array
+    from awkward.contents import ListOffsetArray, NumpyArray
+    from awkward.index import Index64
+
+    raw = NumpyArray(texts.data, parameters={"__array__": "byte"})
+    return Array(ListOffsetArray(Index64(texts.starts), raw, parameters={"__array__": "bytestring"}))
 
 
 def _with_end(

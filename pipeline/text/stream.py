@@ -135,8 +135,7 @@ class TokenStream:
         numbers = self._begins.searchsorted(starts, side="right") - 1
         parts = set(numbers.tolist())
         if len(starts) < FEW_ROWS * len(parts):
-            for row, number, start in zip(rows.tolist(), numbers.tolist(), starts.tolist(), strict=True):
-                out[row] = self._row(number, start, out.shape[1])
+            self._copy_few(numbers, starts, rows, out)
             if begins is not None:
                 begins[rows] = out[rows, :-1] == self.end_of_text
             return
@@ -147,12 +146,21 @@ class TokenStream:
             if begins is not None:
                 begins[rows[mine]] = ids[:, :-1] == self.end_of_text
 
-    def _row(self, number: int, start: int, length: int) -> npt.NDArray[Any]:
-        """Return a row of ids that begins in a part: without a copy where it lies in one batch."""
-        begin, end = self.begins[number], self.begins[number + 1]
-        if number >= 0 and start + length <= end:
-            return self._checked(number, self._part(number).tokens(start - begin, start - begin + length))
-        return self.read(start, length)
+    def _copy_few(self, numbers: Tokens, starts: Tokens, rows: Tokens, out: Tokens) -> None:
+        """Copy rows that begin in the parts `numbers`, one by one."""
+        length = out.shape[1]
+        for row, number, start in zip(rows.tolist(), numbers.tolist(), starts.tolist(), strict=True):
+            if number >= 0:
+                part, local = self._part(number), start - self.begins[number]
+                batch = part.starts.searchsorted(local, side="right") - 1
+                if local + length <= part.starts[batch + 1]:
+                    place = part.places[batch] + local - part.starts[batch]
+                    out[row] = part.flat[place : place + length]
+                    continue
+            out[row] = self.read(start, length)
+        largest = out[rows].max(axis=1)
+        for number in numbers[largest >= self.vocab_size].tolist():
+            self._checked(max(number, 0), largest)
 
     def _gather(self, number: int, starts: Tokens, length: int) -> npt.NDArray[Any]:
         """Return rows of ids that begin in one part: numpy copies all of them in one call."""

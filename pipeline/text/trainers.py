@@ -219,11 +219,12 @@ def _write(path: Path, texts: Iterable[str]) -> bool:
     """
     from pipeline.text.characters import LETTERS_17, disputed
     from pipeline.text.engine import is_word
+    from pipeline.text.flat import Texts
 
     with open(path, "wb") as file:
         for text in texts:
             raw = text.encode()
-            if not disputed([raw], LETTERS_17):
+            if not disputed(Texts.of([raw]), LETTERS_17):
                 file.write(raw + SEPARATOR)
             elif all(map(is_word, words := _words(text))):
                 file.writelines(word + SEPARATOR for word in words)
@@ -246,10 +247,11 @@ def _occurs(tokenizer: Tokenizer, number: int, times: int, path: Path) -> bool:
     import numpy as np
 
     from pipeline.text.engine import choose_engine
+    from pipeline.text.flat import Texts
 
     engine, found = choose_engine(tokenizer, []), 0
     for texts in _read(path):
-        found += int(np.count_nonzero(engine.encode(texts)[0] == number))
+        found += int(np.count_nonzero(engine.encode(Texts.of(texts))[0] == number))
         if found >= times:
             return True
     return False

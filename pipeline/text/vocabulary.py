@@ -50,9 +50,9 @@ class Tally:
                 raise IndexError(f"id {len(found) - 1} is not in a vocabulary of {len(self.counts)}")
             self.counts += found
         names, numbers = batch.distinct("source")
-        _add_groups(self.sources, names, numbers, batch.num_bytes, lengths)
+        _add_groups(self.sources, names, numbers, batch.texts.sizes, lengths)
         metas, numbers = batch.distinct("meta")
-        _add_groups(self.languages, [_language(meta) for meta in metas], numbers, batch.num_bytes, lengths)
+        _add_groups(self.languages, [_language(meta) for meta in metas], numbers, batch.texts.sizes, lengths)
 
     def sample(self, text: str, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> None:
         """Read back the first `SAMPLE_TOKENS` of a document; `ids` are its tokens without the end of text."""

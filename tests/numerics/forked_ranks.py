@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed  # noqa: F401 (here, so that no rank has to)
+import numpy as np
 import torch
 
 from pipeline import worker
@@ -29,11 +30,11 @@ def keep_ledger(path: Path, rank: int) -> None:
     read: Callable[..., Any] = loader.Loader.read
     ledger = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def reading(self: loader.Loader, step: int, mine: slice = slice(None)) -> loader.Rows:
+    def reading(self: loader.Loader, step: int, mine: slice = slice(None), **how: bool) -> loader.Rows:
         samples = self.samples(step)
-        ids = list(zip(samples.source[mine].tolist(), samples.epoch[mine].tolist(), samples.row[mine].tolist(), strict=True))
+        ids = np.stack([samples.source, samples.epoch, samples.row], axis=1)[mine].tolist()
         os.write(ledger, json.dumps({"rank": rank, "step": step, "first": mine.start, "ids": ids}).encode() + b"\n")
-        rows: loader.Rows = read(self, step, mine)
+        rows: loader.Rows = read(self, step, mine, **how)
         return rows
 
     loader.Loader.read = reading  # type: ignore[method-assign]

@@ -129,7 +129,7 @@ def test_sources_of_different_tokenizers_are_refused(tokens, tmp_path):
 
 def test_a_part_of_another_length_than_the_manifest_says_is_refused(tokens):
     names = open_artifact(tokens).parts()
-    rewrite(tokens, part_tokens={name: 40_000 for name in [*names, *open_artifact(tokens).parts("held-")]})
+    rewrite(tokens, part_tokens=dict.fromkeys([*names, *open_artifact(tokens).parts("held-")], 40000))
     loader = pretrain(seq_len=32, batch_tokens=512).open_loader({"tokens": open_artifact(tokens)})
     with pytest.raises(ArtifactError, match="the manifest says 40000 tokens, found"):
         loader.read(1)

@@ -316,3 +316,8 @@ def test_a_damaged_input_is_not_read(inputs, tmp_path, run_stage, damage, which)
     fresh = {field: type(artifact)(artifact.path, artifact.manifest) for field, artifact in inputs.items()}
     with pytest.raises(ArtifactError, match=f"{name}: damaged"):
         run_stage(tokenize(), fresh, tmp_path / "tokens")
+
+
+def test_without_its_corpus_nothing_is_compared(inputs, tmp_path, run_stage):
+    made = run_stage(tokenize(), inputs, tmp_path / "tokens")
+    assert list(tokenize().verify(made, {})) == []

@@ -8,6 +8,7 @@ import pytest
 from pipeline.text import engine as engines
 from pipeline.text.characters import LETTERS_17, OTHERS_17, disputed
 from pipeline.text.engine import Gigatoken, Plain, choose_engine, hostile, train_merges
+from pipeline.text.flat import Texts
 from pipeline.text.ranks import shown
 from pipeline.text.tokenizer_files import PATTERNS, Bytes, Gpt2
 from pipeline.text.tokenizers import END_OF_TEXT, Tokenizer, byte_level, from_json
@@ -71,7 +72,7 @@ def assert_equal(tokenizer: Tokenizer, texts: list[str]) -> None:
     assert (engine.name, engine.why) == ("gigatoken", None)
     values, lengths = tokenizer.encode_batch(texts)
     for given in (texts, [text.encode() for text in texts]):
-        found, counts = engine.encode(given)
+        found, counts = engine.encode(Texts.of(given))
         assert counts.tolist() == lengths.tolist()
         assert np.array_equal(found, values)
         assert (found.dtype, counts.dtype) == (np.dtype(tokenizer.dtype), np.int64)
@@ -133,35 +134,35 @@ def test_ids_are_the_plain_librarys_on_every_character(pattern):
 def test_characters_that_the_libraries_see_differently_go_to_the_plain_one(monkeypatch):
     tokenizer = with_words(byte_level(Bytes().read().data["model"]["vocab"], []))
     texts = ["plain", "new letters a\u088fs \U000323b0x", "", "a🙂b"]
-    assert disputed([text.encode() for text in texts]) == [1]
+    assert disputed(Texts.of(texts)) == [1]
     engine = choose_engine(tokenizer, [])
     values, lengths = tokenizer.encode_batch(texts, end=9)
-    assert [array.tolist() for array in engine.encode(texts, 9)] == [values.tolist(), lengths.tolist()]
+    assert [array.tolist() for array in engine.encode(Texts.of(texts), 9)] == [values.tolist(), lengths.tolist()]
     monkeypatch.setattr(engines, "disputed", lambda texts: [])
-    assert engine.encode(texts, 9)[0].tolist() != values.tolist()  # else the list could be taken out
+    assert engine.encode(Texts.of(texts), 9)[0].tolist() != values.tolist()  # else the list could be taken out
 
 
 def test_disputed_characters_are_found_wherever_they_are():
     ends = [number for span in (LETTERS_17 + OTHERS_17).split() for number in (span.split("-")[0], span.split("-")[-1])]
     for character in (chr(int(number, 16)) for number in ends):
-        assert disputed([b"", character.encode(), b"x", f"Ωa{character}".encode(), "ß漢🙂".encode()]) == [1, 3]
+        assert disputed(Texts.of(["", character, "x", f"Ωa{character}", "ß漢🙂"])) == [1, 3]
     innocent = "".join(chr(n) for n in range(0x294)) + "ʔʖ漢字🙂🛗🫨ꟊ\U00010900\U000323af"
-    assert disputed([innocent.encode()]) == []
+    assert disputed(Texts.of([innocent])) == []
 
 
 def test_an_end_follows_every_text():
     engine = choose_engine(gpt2(), [])
-    values, lengths = engine.encode(["Hello world!", "", " a"], end=50256)
+    values, lengths = engine.encode(Texts.of(["Hello world!", "", " a"]), end=50256)
     assert values.tolist() == [15496, 995, 0, 50256, 50256, 257, 50256]
     assert lengths.tolist() == [4, 1, 2]
-    assert engine.encode([], end=50256)[0].tolist() == []
+    assert engine.encode(Texts.of([]), end=50256)[0].tolist() == []
 
 
 def test_large_vocabularies_need_four_bytes():
     tokenizer = gpt2()
     tokenizer.extend([], [f"<token {n}>" for n in range(20_000)])
     assert_equal(tokenizer, ["x <token 19999> y", "a"])
-    values, _ = choose_engine(tokenizer, []).encode(["<token 19999>"], end=50256)
+    values, _ = choose_engine(tokenizer, []).encode(Texts.of(["<token 19999>"]), end=50256)
     assert (values.tolist(), values.dtype) == ([50257 + 19_999, 50256], np.uint32)
 
 
@@ -171,7 +172,7 @@ def test_a_fresh_instance_gives_the_same_ids(trained, monkeypatch):
     monkeypatch.setattr(Gigatoken, "_begin", lambda self: (begun.append(1), begin(self)))
     monkeypatch.setattr(engines, "REFRESH_BYTES", 5_000)
     engine = Gigatoken(trained)
-    pieces = [engine.encode([text])[0] for text in MINI]
+    pieces = [engine.encode(Texts.of([text]))[0] for text in MINI]
     assert len(begun) > 3
     assert np.concatenate(pieces).tolist() == trained.encode_batch(MINI)[0].tolist()
 
@@ -182,7 +183,7 @@ def test_a_tokenizer_that_gigatoken_does_not_support_is_left_to_the_plain_librar
     engine = choose_engine(tokenizer, MINI[:3])
     assert isinstance(engine, Plain)
     assert (engine.name, engine.why[:44]) == ("tokenizers", "gigatoken does not support this tokenizer (U")
-    values, lengths = engine.encode([MINI[0].encode(), b""], end=0)
+    values, lengths = engine.encode(Texts.of([MINI[0].encode(), b""]), end=0)
     assert values.tolist() == [*tokenizer.encode(MINI[0]), 0, 0]
     assert lengths.tolist() == [len(tokenizer.encode(MINI[0])) + 1, 1]
 
