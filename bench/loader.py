@@ -1,10 +1,11 @@
 """Loading side by side: random sequences a second and start-up, of the loader, a bare memory map, and what others use.
 
-    python bench/loader.py --peers VENV [--megatron CHECKOUT] [--mtokens 128] [--rows 8 512]
+    python bench/loader.py --peers VENV [--megatron CHECKOUT] [--mtokens 128] [--rows 512 8]
 
-VENV is an environment with bench/requirements.txt. Every way is a process of its own that reads the same tokens as
-sequences of 1,024, in random order, as int64; the repeats take turns and the best counts. The page cache is warm.
-Then the loader's start-up over ever larger artifacts: as many names as it takes for one real part.
+VENV is an environment with bench/requirements.txt, and then bench/requirements-loading.txt with --no-deps. Every way
+is a process of its own that reads the same tokens as sequences of 1,024, in random order, as int64; the repeats take
+turns and the best counts. The page cache is warm. Then the loader's start-up over ever larger artifacts: as many names
+as it takes for one real part.
 """
 
 import argparse
@@ -212,7 +213,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, help="virtual environment of the frameworks")
     parser.add_argument("--megatron", type=Path, help="checkout of Megatron-LM")
     parser.add_argument("--mtokens", type=int, default=128, help="million tokens to read from")
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 512], help="sequences of a batch")
+    parser.add_argument("--rows", type=int, nargs="+", default=[512, 8], help="sequences of a batch")
     parser.add_argument("--seconds", type=int, default=5, help="how long each measurement lasts")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("bench-loader"), help="folder for the data; emptied first")

@@ -9,6 +9,7 @@ import importlib.machinery
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -245,6 +246,7 @@ def documents_of(data: str) -> Iterator[Any]:
 def megatron() -> Callable[..., Batches]:
     """Return Megatron-LM's GPTDataset, with no index cached yet."""
     gpt, indexed, utils = import_megatron()
+    shutil.rmtree(Path(sys.argv[2]) / "megatron", ignore_errors=True)  # the indices of an earlier run
 
     def batches(data: Path, seq_len: int, rows: int) -> Batches:
         tokenizer = MagicMock(eod=END, pad=VOCABULARY, vocab_size=VOCABULARY, unique_identifiers={"name": "gpt2"})

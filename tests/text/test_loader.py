@@ -223,6 +223,12 @@ def test_another_seed_or_name_is_another_order(streams):
     assert len({tuple(rows("web", 3)), tuple(rows("web", 4)), tuple(rows("code", 3))}) == 3
 
 
+def test_the_keys_of_the_sources_never_change_between_versions(streams):
+    # a run that is continued with a newer version must see the same data
+    keys = [228225829309530862, 883863377003460931, 8879019891015036199]
+    assert Loader(streams, order_of(seed=3))._seeds == keys
+
+
 def test_sources_named_in_another_order_are_the_same_mixture(streams):
     first = samples_of(Loader(streams, order_of()), 20)
     assert samples_of(Loader(dict(reversed(streams.items())), order_of()), 20) == first
