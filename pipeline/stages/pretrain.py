@@ -198,15 +198,15 @@ class Pretrain(Stage):
         from pipeline.text.loader import IGNORED
         from pipeline.training.loop import Batch
 
-        microbatches: list[tuple[torch.Tensor, ...]] = []
-        weight = tokens = 0
-        for mine in shape.microbatches(rank):
-            rows = loader.read(step, mine)
-            fed = [rows.inputs, rows.labels, *([rows.documents] if self.document_mask else [])]
-            microbatches.append(tuple(map(torch.from_numpy, fed)))
-            weight += int((rows.labels != IGNORED).sum())
-            tokens += rows.labels.size
-        return Batch(microbatches, weight, tokens)
+        first = rank * shape.rows_per_rank
+        rows = loader.read(step, slice(first, first + shape.rows_per_rank), documents=self.document_mask)
+        fed = (rows.inputs, rows.labels, *([rows.documents] if rows.documents is not None else []))
+        size = len(rows.labels) // shape.accumulation  # while the length warms up, several rows for each sample
+        microbatches: list[tuple[torch.Tensor, ...]] = [
+            tuple(torch.from_numpy(array[start : start + size]) for array in fed)
+            for start in range(0, len(rows.labels), size)
+        ]
+        return Batch(microbatches, weight=int((rows.labels != IGNORED).sum()), tokens=rows.labels.size)
 
     def _validate(
         self, module: "torch.nn.Module", held: "Mapping[str, TokenStream]", mpu: "DataParallelUnit"
