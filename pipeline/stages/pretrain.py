@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,7 @@ from pipeline.training.optim import AdamW, AnyOptimizer
 from pipeline.training.schedule import AnySchedule, Cosine
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
     from pipeline.models.transformer import Transformer
@@ -200,7 +201,9 @@ class Pretrain(Stage):
 
         first = rank * shape.rows_per_rank
         rows = loader.read(step, slice(first, first + shape.rows_per_rank), documents=self.document_mask)
-        fed = (rows.inputs, rows.labels, *([rows.documents] if rows.documents is not None else []))
+        fed: list[npt.NDArray[Any]] = [rows.inputs, rows.labels]
+        if rows.documents is not None:
+            fed.append(rows.documents)
         size = len(rows.labels) // shape.accumulation  # while the length warms up, several rows for each sample
         microbatches: list[tuple[torch.Tensor, ...]] = [
             tuple(torch.from_numpy(array[start : start + size]) for array in fed)
