@@ -101,6 +101,7 @@ def cached(root: Path) -> list[str]:
     return sorted(path.name for path in root.glob("cache/*/*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_a_stage_reads_s3_as_it_reads_the_disk(server, corpus, tmp_path):
     url = server.put(corpus, f"our/{corpus.name}")
     near, far = tmp_path / "near", tmp_path / "far"
@@ -141,6 +142,7 @@ def test_a_place_without_fingerprint_is_asked_what_it_is(server, corpus, tmp_pat
     assert server.requests("GET", "manifest.json") == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_object_is_refused_by_name(server, corpus, tmp_path):
     url = server.put(corpus, f"our/{corpus.name}")
     name = open_artifact(corpus).parts()[1]
@@ -159,6 +161,7 @@ def test_a_damaged_object_is_refused_by_name(server, corpus, tmp_path):
     run_pipeline("stage=clean", f"stage.corpus={url}", f"root={tmp_path / 'root'}")
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_leaves_no_half_file_and_the_next_run_goes_on(server, corpus, tmp_path, monkeypatch):
     url = server.put(corpus, f"our/{corpus.name}")
     artifact = open_anywhere(url, tmp_path / "root")
@@ -193,6 +196,7 @@ def test_a_server_that_dies_leaves_no_half_file_and_the_next_run_goes_on(server,
     assert server.requests("HEAD", first) == 1
 
 
+@pytest.mark.slow
 def test_several_processes_fetch_a_file_once(server, corpus, tmp_path):
     url = server.put(corpus, f"our/{corpus.name}")
     name = open_artifact(corpus).parts()[0]
@@ -208,6 +212,7 @@ def test_several_processes_fetch_a_file_once(server, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("url", [f"s3://{BUCKET}/nothing/{NAME}", f"s3://no-such-bucket/{NAME}"])
+@pytest.mark.slow
 def test_a_missing_bucket_or_key_is_named(server, corpus, tmp_path, url):
     server.put(corpus, "there")
     done = run_pipeline("stage=clean", f"stage.corpus={url}", f"root={tmp_path}", status=3)
@@ -216,6 +221,7 @@ def test_a_missing_bucket_or_key_is_named(server, corpus, tmp_path, url):
     assert not cached(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there(tmp_path):
     done = run_pipeline(
         "stage=clean",

@@ -75,6 +75,7 @@ def ranks(path: Path) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in rows}
 
 
+@pytest.mark.slow
 def test_every_format_of_gpt2_gives_its_ids(bring, gpt2_files):
     vocabularies = [
         {"kind": "gpt2", "path": str(MERGES)},
@@ -100,6 +101,7 @@ def test_every_format_of_gpt2_gives_its_ids(bring, gpt2_files):
         assert all(tokenizer.decode(ids) == text for ids, text in zip(wanted, TEXTS, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", TIKTOKEN_PATTERNS)
 def test_ranks_give_the_ids_of_tiktoken_with_every_pattern(bring, gpt2_files, pattern):
     path = gpt2_files / "gpt2.tiktoken"
