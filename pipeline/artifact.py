@@ -207,7 +207,10 @@ def open_artifact(path: Path, *kinds: str, where: str = "", whole: bool = True) 
     if not path.is_dir():
         raise ArtifactError(f"{place}: no such directory; wanted {_a_kind(kinds)}")
     if not (path / MANIFEST).is_file():
-        raise ArtifactError(f"{place}: has no {MANIFEST}, so it is unfinished; run the task that makes it")
+        if (path / WORK).is_dir():
+            raise ArtifactError(f"{place}: has no {MANIFEST}, so it is unfinished; run the task that makes it")
+        hint = "; stage=import_tokenizer makes one of a file" if "tokenizer" in kinds else ""
+        raise ArtifactError(f"{place}: has no {MANIFEST}, so it is not an artifact; wanted {_a_kind(kinds)}{hint}")
     artifact = Artifact(path, read_manifest(path), _read_origin(path))
     if kinds and artifact.manifest.kind not in kinds:
         place = f"{where}: {artifact.place}" if where else artifact.place

@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -63,15 +64,27 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
     except MissingConfigException as error:
         raise ConfigError(_explain_missing(error)) from None
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ConfigError(f"command line: {_in_one_line(error)}") from None
+        hint = "; a value with other signs than letters goes into quotes of its own: 'KEY=\"<|end|>\"'"
+        problem = _in_one_line(error).replace("++", "")
+        raise ConfigError(f"command line: {problem}{hint if 'Lexer' in problem else ''}") from None
     if failures:
         raise failures[0]
     return max(statuses)
 
 
+def _replace_mappings(config: DictConfig) -> None:
+    """Let `KEY={…}` on the command line take the place of what KEY was, where Hydra only merges the two."""
+    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    for override in overrides:
+        if override.is_force_add():  # in their order: what changes a key within comes after
+            key, value = override.key_or_group, override.value()
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
+
+
 def _resolve(config: DictConfig) -> tuple[dict[str, Any], str | None]:
     """Return plain data with all interpolations done, and the name of the job."""
     try:
+        _replace_mappings(config)
         data = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"command line: {_in_one_line(error)}") from None

@@ -83,6 +83,8 @@ def _fetch_manifest(url: str, cache: Path, where: str) -> Path:
         source = f"{url}/{MANIFEST}"
         text: bytes = _ask(f"{where}: {source}" if where else source, _read, source)
         manifest = parse_manifest(text, source)
+        if named and named[1] != manifest.fingerprint:
+            raise ArtifactError(f"{source}: is of {manifest.fingerprint}, not of what the URL is called; name it so")
         for name in (manifest.fingerprint, *manifest.files):
             if not re.fullmatch(r"[^./\\\0][^/\\\0]*", name) or name in (MANIFEST, ORIGIN, WORK):
                 raise ArtifactError(f"{source}: '{name}' cannot be the name of a file; this is no manifest of ours")

@@ -27,6 +27,7 @@ from pipeline.track import Tracker
 Stats = dict[str, Any]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # becomes part of a path
 SCRATCH = "scratch"  # in work/
+PARTIAL = "partial"  # in work/: what a stage needs to go on with inside a unit; gone once the artifact is published
 CHECKPOINTS = "checkpoints"  # of a training, beside work/
 
 

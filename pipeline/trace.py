@@ -4,6 +4,7 @@ Computed from the settings of the run, where every row is a function of its step
 directory, finished or not, a URL, or JOB.TASK.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline.text.loader import Loader
 
 WORDS = ("run", "step", "doc", "root")
-HEADING = "sample\tsource\tdocument\tfrom\ttokens"
+HEADING = "sample\ttokens of\tdocument\tsource\tspan"
 
 
 def trace(arguments: Sequence[str]) -> int:
@@ -55,8 +56,8 @@ def _parse(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _step(text: str, steps: int) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= steps:
-        raise ConfigError(f"trace: step: wanted a number from 1 to {steps}, found '{text}'")
+    if not re.fullmatch(r"[0-9]{1,18}", text) or not 1 <= int(text) <= steps:
+        raise ConfigError(f"trace: step: wanted a number from 1 to {steps}, found '{text[:40]}'")
     return int(text)
 
 

@@ -21,7 +21,7 @@ from pipeline.errors import ArtifactError, PipelineError
 from pipeline.launch import AnyRun
 from pipeline.launch.local import leave_reason
 from pipeline.settings import Settings, decode, encode
-from pipeline.stage import Context, read_outputs
+from pipeline.stage import PARTIAL, Context, read_outputs
 from pipeline.stages import AnyStage
 from pipeline.track import AnyTracker, open_tracker
 
@@ -44,8 +44,12 @@ class FrozenTask(Settings):
 
 
 def read_task(path: Path) -> FrozenTask:
-    """Read a frozen task."""
-    return decode(FrozenTask, json.loads(path.read_text("utf-8")), where=str(path))
+    """Read a frozen task. Raises ArtifactError if it is damaged, ConfigError if it is of another version."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{path}: damaged ({error}); run the same command again") from None
+    return decode(FrozenTask, data, where=str(path))
 
 
 def context(task: FrozenTask, ranks: Ranks) -> Context:
@@ -107,7 +111,7 @@ def publish(task: FrozenTask, seconds: float, num_ranks: int) -> Manifest:
         ),
     )
     write_manifest(ctx.directory, manifest)
-    for notes in ("units", "ranks"):
+    for notes in ("units", "ranks", PARTIAL):
         shutil.rmtree(ctx.directory / WORK / notes, ignore_errors=True)
     return manifest
 

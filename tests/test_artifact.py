@@ -37,7 +37,7 @@ def test_a_written_artifact_is_read_back(corpus):
 
 def test_a_directory_without_manifest_is_never_read(corpus):
     (corpus / "manifest.json").unlink()
-    with pytest.raises(ArtifactError, match="has no manifest.json, so it is unfinished"):
+    with pytest.raises(ArtifactError, match="has no manifest.json, so it is not an artifact"):
         open_artifact(corpus)
 
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from support import PROJECT, run_pipeline
 
+from pipeline.compose import compose
 from pipeline.plan import Command
 from pipeline.settings import decode
 from pipeline.stages import AnyStage
@@ -67,3 +68,16 @@ def test_the_quickstart_never_pretrains_on_held_out_labels():
     sources = settings["tasks"]["shard"]["sources"]
     topics = next(source for source in sources if "topics" in source["path"])
     assert topics["reader"]["where"] == {"split": "train"}
+
+
+def test_a_mapping_on_the_command_line_takes_the_place_of_the_old_one(tmp_path):
+    job = tmp_path / "mixed.yaml"
+    job.write_text(
+        "# @package _global_\ntasks:\n  p:\n    kind: pretrain\n    tokens: {a: x, b: y}\n    steps: 1\n"
+        "    mixture: {kind: weights, weights: {a: 1, b: 2}}\n"
+    )
+    found = []
+    words = [f"job={job}", "tasks.p.tokens={a: x}", "tasks.p.mixture={kind: weights, weights: {a: 1}}"]
+    compose([*words, "tasks.p.mixture.weights.a=3"], lambda data, job: found.append(data) or 0)
+    assert found[0]["tasks"]["p"]["tokens"] == {"a": "x"}
+    assert found[0]["tasks"]["p"]["mixture"] == {"kind": "weights", "weights": {"a": 3}}

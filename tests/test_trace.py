@@ -45,7 +45,7 @@ def test_the_documents_of_a_step_are_what_was_fed(tiny_root, stored, capsys):
     loader = stage_of(model).open_loader({"tokens": open_artifact(tiny_root / "jobs/tiny/tokenize")})
     for step in (1, 7, STEPS):
         heading, *rows = lines(capsys, "run=tiny.pretrain", f"step={step}", f"root={tiny_root}")
-        assert heading == ["sample", "source", "document", "from", "tokens"]
+        assert heading == ["sample", "tokens of", "document", "source", "span"]
         labels = defaultdict(list)
         for sample, source, document, origin, span in rows:
             assert (source, origin) == ("tokens", "topics")
@@ -95,7 +95,7 @@ def test_what_is_wrong_with_the_words_is_said_together(tiny_root):
     )
 
 
-@pytest.mark.parametrize("step", ["0", "21", "-1", "1.5", "x", ""])
+@pytest.mark.parametrize("step", ["0", "21", "-1", "1.5", "x", "", "9" * 30])
 def test_a_step_that_is_none_is_refused(tiny_root, step):
     with pytest.raises(ConfigError, match=f"trace: step: wanted a number from 1 to 20, found '{step}'"):
         trace(["run=tiny.pretrain", f"step={step}", f"root={tiny_root}"])
@@ -125,5 +125,12 @@ def test_nobody_has_to_read_to_the_end(tiny_root):
         capture_output=True,
         text=True,
     )
-    assert done.stdout == "sample\tsource\tdocument\tfrom\ttokens\n"
+    assert done.stdout == "sample\ttokens of\tdocument\tsource\tspan\n"
     assert done.stderr == ""
+
+
+def test_a_damaged_task_of_an_unfinished_run_is_named(tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/task.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"work/task.json: damaged"):
+        trace([f"run={tmp_path}", "step=1"])

@@ -123,7 +123,7 @@ def ours(packing: str, documents: bool) -> Callable[[], Callable[..., Batches]]:
         def batches(data: Path, seq_len: int, rows: int) -> Batches:
             parts = json.loads((data / "parts.json").read_text())
             stream = TokenStream([str(data / name) for name in parts], list(parts.values()), END, VOCABULARY)
-            order = Order(Temperature(max_epochs=None), how, seq_len, rows, steps=10**6, seed=0)
+            order = Order(Temperature(), how, seq_len, rows, steps=10**6, seed=0)
             loader = Loader({"tokens": stream}, order)
             for step in range(1, 10**6):
                 batch = loader.read(step, documents=documents)

@@ -21,7 +21,7 @@ class Export(Stage):
         max_logit_difference: Largest difference in fp32 that passes.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     produces: ClassVar[str] = "export"
     result: ClassVar[str | None] = ""
 
@@ -54,7 +54,9 @@ class Export(Stage):
             end_of_text = source.stats["end_of_text_id"]
             shape, chance = (4, min(64, model.config.max_seq_len)), torch.Generator().manual_seed(0)
             ids_BT = torch.randint(model.config.real_vocab_size, shape, generator=chance)
-            difference = export_hf(model, source.file(TOKENIZER), scratch, ids_BT, eos_id=end_of_text)
+            difference = export_hf(
+                model, source.file(TOKENIZER), scratch, ids_BT, eos_id=end_of_text, bos_id=end_of_text
+            )
             if not difference <= self.max_logit_difference:
                 raise ArtifactError(
                     f"{ctx.task}: the exported model's logits differ from ours by {difference:.2e}, more than "

@@ -24,14 +24,14 @@ class Generate(Stage):
     """Continues prompts, with a key-value cache.
 
     Attributes:
-        prompt: One text, or several.
+        prompt: One text, or several; each is the beginning of a text.
         max_new_tokens: Longest continuation; it ends earlier at the end of a text.
         temperature: Divides the logits before sampling; null always takes the likeliest token (greedy).
         top_k: Sample from the k likeliest tokens only; null from all.
         top_p: Sample from the fewest tokens whose probabilities sum to p only (Holtzman et al. 2020); null from all.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     produces: ClassVar[str] = "samples"
 
     kind: Literal["generate"] = "generate"
@@ -74,8 +74,8 @@ class Generate(Stage):
         model = load_language_model(source)
         tokenizer = load(source.file(TOKENIZER))
         end_of_text = source.stats["end_of_text_id"]
-        # an empty prompt begins a text: what follows the end of the text before
-        ids = [tokenizer.encode(prompt) or [end_of_text] for prompt in self.prompt]
+        # a text begins after the end of the one before, as in training
+        ids = [[end_of_text, *tokenizer.encode(prompt)] for prompt in self.prompt]
         made = generate(
             model,
             ids,

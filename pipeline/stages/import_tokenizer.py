@@ -61,11 +61,17 @@ class ImportTokenizer(Stage):
     def run(self, ctx: Context) -> None:
         """Read the files, add what is asked for, and write `tokenizer.json`."""
         tokenizer = self.vocabulary.read()
+        if tokenizer.data["model"].get("dropout"):
+            raise ArtifactError(
+                f"{ctx.task}.vocabulary: this tokenizer has BPE dropout, so the ids of a text are random; take dropout "
+                "out of its file"
+            )
         asked = {*self.special_tokens, *tokenizer.special_tokens}
         if self.end_of_text not in asked and tokenizer.token_id(self.end_of_text) is None:
             raise ArtifactError(
                 f"end_of_text: the tokenizer has no token '{self.end_of_text}'"
-                f"{nearest(self.end_of_text, list(tokenizer.special_tokens))}, or name it in special_tokens"
+                f"{nearest(self.end_of_text, list(tokenizer.special_tokens))}; say which one ends a text, or "
+                "name a new one in special_tokens too"
             )
         tokenizer.extend(list(dict.fromkeys([*self.special_tokens, self.end_of_text])), self.added_tokens)
         with ctx.output.write(TOKENIZER) as path:

@@ -13,7 +13,7 @@ from pipeline.parallel.engine import EngineSettings, Precision, deepspeed_json
 from pipeline.parallel.mesh import shape_batch
 from pipeline.settings import Input
 from pipeline.stage import CHECKPOINTS, Context, Run, Stage, Stats, TaskName
-from pipeline.stages.tokenize import HELD
+from pipeline.stages.tokenize import HELD, Tokenize
 from pipeline.text.mixture import AnyMixture, Temperature, check_names
 from pipeline.text.packing import AnyPacking, Contiguous, WarmUp, check_warmup
 from pipeline.text.tokenizers import TOKENIZER
@@ -41,6 +41,8 @@ class Pretrain(Stage):
     Attributes:
         tokens: The tokens to train on; several under names of your own, which `mixture` uses: {web: "@a", code: "@b"}.
         mixture: How the sources share the training; by default in proportion to their sizes.
+        max_epochs: How often a source may be gone through at most, unless `mixture` says the epochs itself; null has
+            no limit. Up to about four times is nearly as good as new text (Muennighoff et al. 2023, arXiv:2305.16264).
         packing: How documents become rows of `seq_len` tokens.
         document_mask: Whether the documents of a row are kept apart: none sees another, positions count from each
             one's beginning.
@@ -48,7 +50,8 @@ class Pretrain(Stage):
         seq_len_warmup: Shorter sequences at the beginning: each row is cut into several, the batch stays the same.
         batch_tokens: Tokens of one optimizer step, over all ranks.
         clip_norm: Largest global gradient norm; null does not clip.
-        validation_sequences: How many held-out sequences of each source a validation during training looks at.
+        validation_sequences: How many held-out sequences of each source a validation during training looks at; the
+            validation loss is the mean over all their tokens.
         validate_every_steps: Steps between two validations; null validates at the end only.
     """
 
@@ -57,15 +60,16 @@ class Pretrain(Stage):
     ranks: ClassVar[Literal["one", "units", "group"]] = "group"
 
     kind: Literal["pretrain"] = "pretrain"
-    tokens: Annotated[str | dict[TaskName, str], Input("tokens")]
+    tokens: Annotated[str | Annotated[dict[TaskName, str], Field(min_length=1)], Input("tokens")]
     mixture: AnyMixture = Temperature()
+    max_epochs: float | None = Field(default=4.0, gt=0)
     packing: AnyPacking = Contiguous()
     document_mask: bool = True
     model: Decoder = Decoder()
     seq_len: int = Field(default=256, ge=1)
     seq_len_warmup: list[WarmUp] = []
     batch_tokens: int = Field(default=8192, ge=1)
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=10**12)
     optimizer: AnyOptimizer = AdamW()
     schedule: AnySchedule = Cosine()
     clip_norm: float | None = Field(default=1.0, gt=0)
@@ -79,6 +83,9 @@ class Pretrain(Stage):
         if self.seq_len > self.model.max_seq_len:
             yield "seq_len", f"{self.seq_len} is longer than the model's max_seq_len of {self.model.max_seq_len}"
         yield from check_warmup(self.seq_len_warmup, self.seq_len)
+        makers = list(upstream.values())
+        if makers and all(isinstance(maker, Tokenize) and not maker.held_out_fraction for maker in makers):
+            yield "tokens", "nothing is held out to validate on; give tokenize a held_out_fraction above 0"
         for name, problem in check_names(self.mixture, list(self.sources)):
             yield f"mixture.{name}", problem
         if self.batch_tokens % self.seq_len:
@@ -113,7 +120,10 @@ class Pretrain(Stage):
 
         tokens = {name: ctx.inputs[setting] for name, setting in self.sources.items()}
         config = self._with_vocabulary(ctx.task, tokens)
-        loader = self.open_loader(tokens)
+        try:
+            loader = self.open_loader(tokens)
+        except ConfigError as error:
+            raise ConfigError(*(f"{ctx.task}.{problem}" for problem in error.problems)) from None
         held = self._open_held(ctx.task, tokens)
         model = Transformer(config)
         init_weights(model, self.seed)
@@ -156,6 +166,7 @@ class Pretrain(Stage):
             steps=self.steps,
             seed=self.seed,
             warmup=self.seq_len_warmup,
+            max_epochs=self.max_epochs,
         )
         return Loader({name: open_stream(artifact) for name, artifact in tokens.items()}, order)
 
@@ -177,9 +188,11 @@ class Pretrain(Stage):
         for name, count in loader.counts(self.steps).items():
             stream = loader.streams[loader.names.index(name)]
             size = loader.sizes[loader.names.index(name)]
+            share = count * self.seq_len / (self.steps * self.batch_tokens)
             yield (
-                f"{name}: {stream.num_tokens:,} tokens in {size:,} rows, {count / size:.2f} epochs of it in "
-                f"{self.steps:,} steps; {held[name].num_tokens if name in held else 0:,} tokens held out"
+                f"{name}: {100 * share:.3g} % of training, {count / size:.2f} epochs of {stream.num_tokens:,} tokens "
+                f"in {size:,} rows ({100 * stream.num_tokens / (size * self.seq_len):.4g} % full); "
+                f"{held[name].num_tokens if name in held else 0:,} tokens held out"
             )
 
     def _with_vocabulary(self, task: str, tokens: Mapping[str, Artifact]) -> Decoder:

@@ -10,7 +10,7 @@ from pydantic import Field
 from pipeline.artifact import WORK, Artifact
 from pipeline.errors import ArtifactError
 from pipeline.settings import Input, nearest
-from pipeline.stage import Context, Run, Stage, Stats
+from pipeline.stage import PARTIAL, Context, Run, Stage, Stats
 from pipeline.stages.train_tokenizer import TrainTokenizer
 from pipeline.text.arrow import sample_texts
 from pipeline.text.corpus import check_books
@@ -18,7 +18,6 @@ from pipeline.text.tokenizers import END_OF_TEXT, TOKENIZER, Tokenizer, load
 
 VOCABULARY = "vocabulary.json"
 HELD = "held-"
-ENCODING = "encoding"  # in work/: the parts that are being encoded
 SAMPLE_PARTS, SAMPLE_TEXTS, SAMPLE_CHARS = 3, 16, 2000  # what the engine is proven on
 PART_TOKENS = "part_tokens."
 
@@ -39,7 +38,7 @@ class Tokenize(Stage):
     kind: Literal["tokenize"] = "tokenize"
     corpus: Annotated[str, Input("corpus")]
     tokenizer: Annotated[str, Input("tokenizer", "export")]
-    end_of_text: str | None = None
+    end_of_text: str | None = Field(default=None, min_length=1)
     held_out_fraction: float = Field(default=0.02, ge=0, lt=1)
 
     @classmethod
@@ -70,7 +69,7 @@ class Tokenize(Stage):
         ctx.log(f"encoding with {engine.name}" + (f": {engine.why}" if engine.why else ""))
         ctx.output.stats["engine"] = engine.name
         encoder = Encoder(tokenizer, engine, end, self.held_out_fraction)
-        directory = ctx.directory / WORK / ENCODING
+        directory = ctx.directory / WORK / PARTIAL
         for unit in ctx.units(corpus.parts(), "parts"):
             files = PartEncoder(encoder, corpus.file(unit.name), directory).run(ctx.should_stop)
             for name, written in files.items():
@@ -98,15 +97,21 @@ class Tokenize(Stage):
         maker = ctx.inputs["tokenizer"]
         tokenizer = load(maker.file(TOKENIZER))
         end, special = self._end_id(tokenizer, maker), list(tokenizer.special_tokens.values())
-        tally = read_tally(ctx.directory / WORK / ENCODING, tokenizer.vocab_size)
+        tally = read_tally(ctx.directory / WORK / PARTIAL, tokenizer.vocab_size)
         if int(tally.counts.sum()) != stats["tokens"]:
             raise ArtifactError(
                 f"{ctx.directory}: {stats['tokens']:,} tokens were written and {int(tally.counts.sum()):,} counted; "
                 "delete this directory and run again"
             )
+        exact = headline(tally, special)["round_trip_fraction"]
+        if exact < 1:
+            print(
+                f"{ctx.task}: decoding gives back {100 * exact:.0f} % of the sampled texts; bits per byte, which "
+                "counts the bytes of the texts, flatters a model of such tokens",
+                flush=True,
+            )
         with ctx.output.write(VOCABULARY) as path:
             path.write_text(json.dumps(describe(tally, special, tokenizer.decode), ensure_ascii=False), "utf-8")
-        shutil.rmtree(ctx.directory / WORK / ENCODING)
         parts = {name: stats.pop(name) for name in sorted(stats) if name.startswith(PART_TOKENS)}
         return {
             **stats,
@@ -121,13 +126,17 @@ class Tokenize(Stage):
         }
 
     def verify(self, artifact: Artifact, inputs: Mapping[str, Artifact]) -> Iterator[str]:
-        """Encode the corpus again with the plain library, and yield what is not what was stored."""
-        from pipeline.text.encoding import compare_part
+        """Count again, encode the corpus again with the plain library, and yield what is not what was stored."""
+        from pipeline.text.encoding import compare_part, count_again
 
+        tokenizer = load(artifact.file(TOKENIZER))
+        for name, found in {**count_again(artifact), "vocab_size": tokenizer.vocab_size}.items():
+            if artifact.stats.get(name) != found:
+                yield f"manifest.json: {name} is {artifact.stats.get(name)}, but its files have {found}"
         corpus = inputs.get("corpus")
         if corpus is None:
             return
-        tokenizer, end = load(artifact.file(TOKENIZER)), artifact.stats["end_of_text_id"]
+        end = artifact.stats["end_of_text_id"]
         for name in corpus.parts():
             yield from compare_part(artifact, corpus.file(name), tokenizer, end, self.held_out_fraction)
 

@@ -1,6 +1,7 @@
 """A tokenizer, trained on a corpus."""
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
@@ -13,6 +14,8 @@ from pipeline.text.arrow import read_corpus
 from pipeline.text.tokenizers import END_OF_TEXT, TOKENIZER, Tokenizer
 from pipeline.text.trainers import AnyAlgorithm, Bpe, Job, WordPiece
 
+LONGEST_RUN = 1 << 14
+LONG_RUN = re.compile(rf"((?:\S{{{LONGEST_RUN}}}|\s{{{LONGEST_RUN}}}))")
 SAMPLE_BYTES = 1 << 20  # text on which bytes per token are measured
 
 
@@ -108,14 +111,18 @@ def describe(tokenizer: Tokenizer, end_of_text: str) -> Stats:
 
 
 def _texts(ctx: Context) -> Iterator[str]:
-    """Yield all texts of the corpus, showing progress."""
+    """Yield all texts of the corpus, showing progress; what has no space for `LONGEST_RUN` characters comes in pieces.
+
+    Trainers take time that is quadratic in the length of a word, and hours for one of a million letters.
+    """
     corpus = ctx.inputs["corpus"]
     progress = ctx.progress(len(corpus.parts()), "parts read")
     for name in corpus.parts():
         for document in read_corpus(corpus.file(name)):
-            yield document.text
+            yield from LONG_RUN.split(document.text) if LONG_RUN.search(document.text) else [document.text]
         progress.advance()
     progress.close()
+    ctx.log("all texts are read; counting and merging, which shows no progress")
 
 
 def _measure(corpus: Artifact, tokenizer: Tokenizer) -> Stats:

@@ -24,7 +24,8 @@ from pipeline.text.tokenizers import Tokenizer
 from pipeline.text.vocabulary import Tally
 
 BATCH_BYTES = 2 << 20  # text that is encoded at once
-SAVE_BYTES, SAVE_S = 64 << 20, 10.0  # text and time between two notes: what a kill can cost
+FIRST_SAMPLED = 32  # documents of a part's first batch that are looked at, and one of each after it
+SAVE_BYTES, SAVE_S = 256 << 20, 10.0  # text and time between two notes: what a kill can cost
 
 
 class Written(Settings):
@@ -91,6 +92,7 @@ class PartEncoder:
         self._writers: dict[str, TokenWriter] = {}
         self._counted: dict[str, tuple[int, int, int]] = {}  # documents, tokens, bytes
         self._tally = Tally(encoder.tokenizer.vocab_size)
+        self._sampled = False
 
     def run(self, should_stop: Callable[[], bool]) -> dict[str, Written]:
         """Encode what is not yet, and return the files that are whole now.
@@ -127,6 +129,7 @@ class PartEncoder:
             return
         self._counted = {name: (one.documents, one.tokens, one.bytes) for name, one in note.files.items()}
         self._tally = Tally.from_plain(note.tally)
+        self._sampled = bool(self._counted)
 
     def _add(self, files: ExitStack, batch: TextBatch) -> int:
         """Encode, write and count a batch, and return the bytes of its text."""
@@ -141,9 +144,11 @@ class PartEncoder:
                 known = self._counted.get(name, (0, 0, 0))
                 self._counted[name] = (known[0] + counted[0], known[1] + counted[1], known[2] + counted[2])
         self._tally.add(batch, values, lengths)
-        sampled, stops = int(hashes.argmin()), np.cumsum(lengths)
-        ids = values[stops[sampled] - lengths[sampled] : stops[sampled] - 1].tolist()
-        self._tally.sample(batch.texts.text(sampled), ids, self._encoder.tokenizer.decode)
+        stops = np.cumsum(lengths)
+        for number in np.argsort(hashes)[: 1 if self._sampled else FIRST_SAMPLED].tolist():
+            ids = values[stops[number] - lengths[number] : stops[number] - 1].tolist()
+            self._tally.sample(batch.texts.text(number), ids, self._encoder.tokenizer.decode)
+        self._sampled = True
         return int(batch.texts.sizes.sum())
 
     def _open(self, files: ExitStack, name: str) -> TokenWriter:
@@ -168,6 +173,24 @@ def read_tally(directory: Path, vocab_size: int) -> Tally:
     for path in sorted(directory.glob("*.json")):
         total.merge(Tally.from_plain(decode(Note, json.loads(path.read_text("utf-8"))).tally))
     return total
+
+
+def count_again(tokens: Artifact) -> dict[str, Any]:
+    """Return the numbers of a tokens artifact as its files have them, by their names in the manifest."""
+    found: dict[str, Any] = {"part_tokens": {}, "max_token_id": 0}
+    for total in ("", "held_out."):
+        found |= {f"{total}{what}": 0 for what in ("documents", "tokens", "bytes")}
+    for name in [*tokens.parts(), *tokens.parts("held-")]:
+        part = open_tokens(tokens.file(name))
+        found["part_tokens"][name] = part.num_tokens
+        for total in ("", "held_out.") if name.startswith("held-") else ("",):
+            found[f"{total}documents"] += part.num_documents
+            found[f"{total}tokens"] += part.num_tokens
+            found[f"{total}bytes"] += sum(int(part.rows(batch)[2].sum()) for batch in range(part.num_batches))
+        for batch in range(part.num_batches):
+            largest = part.tokens(int(part.starts[batch]), int(part.starts[batch + 1])).max(initial=0)
+            found["max_token_id"] = max(found["max_token_id"], int(largest))
+    return found
 
 
 def compare_part(

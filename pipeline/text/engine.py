@@ -75,6 +75,8 @@ class Gigatoken:
         self.why: str | None = None
         self._tokenizer = tokenizer
         data = tokenizer.data
+        if any(token[how] for token in data["added_tokens"] for how in ("lstrip", "rstrip", "single_word")):
+            raise ValueError("its added tokens take what is around them into account")
         # it would find special tokens in a text, which are ordinary text to us
         data["added_tokens"] = [token for token in data["added_tokens"] if not token["special"]]
         data["truncation"] = data["padding"] = data["post_processor"] = None

@@ -5,6 +5,7 @@ permutation of the source's rows says which row that is, and packing says which 
 but the step, and nothing is built at start that grows with the number of samples.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -71,6 +72,7 @@ class Order:
     steps: int
     seed: int
     warmup: Sequence[WarmUp] = ()
+    max_epochs: float | None = None
 
 
 class Loader:
@@ -207,18 +209,38 @@ class Loader:
 
     def _check_epochs(self) -> None:
         """Refuse more steps than the mixture holds at the epochs that it allows."""
-        mixture, counts = self.order.mixture, self.counts(self.order.steps)
+        steps, counts = self.order.steps, self.counts(self.order.steps)
+        if self._fits(steps):
+            return
+        most = bisect_left(range(1, steps), True, key=lambda step: not self._fits(step))
         problems = []
         for name, size in zip(self.names, self.sizes, strict=True):
-            limit = mixture.epochs[name] if isinstance(mixture, Epochs) else mixture.max_epochs
-            if limit is not None and counts[name] >= limit * size + 1:  # shares are kept to within one sample
+            setting, limit = self._limit(name)
+            if limit is not None and counts[name] >= limit * size + 1:
                 problems.append(
-                    f"mixture.{'epochs' if isinstance(mixture, Epochs) else 'max_epochs'}: {self.order.steps:,} steps "
-                    f"go {counts[name] / size:.2f} times through '{name}' ({size * self.order.seq_len:,} tokens), at "
-                    f"most {limit:g} are allowed; use fewer steps, more text or another mixture, or raise it"
+                    f"{setting}: {steps:,} steps go {counts[name] / size:.2f} times through '{name}' "
+                    f"({size * self.order.seq_len:,} tokens), at most {limit:g} are allowed; use at most {most:,} "
+                    "steps, more text or another mixture, or raise it"
                 )
-        if problems:
-            raise ConfigError(*problems)
+        raise ConfigError(*problems)
+
+    def _fits(self, steps: int) -> bool:
+        """Return whether no source is gone through too often; shares are kept to within one sample."""
+        limits = [self._limit(name)[1] for name in self.names]
+        counts = self.counts(steps).values()
+        return all(
+            limit is None or count < limit * size + 1
+            for limit, size, count in zip(limits, self.sizes, counts, strict=True)
+        )
+
+    def _limit(self, name: str) -> tuple[str, float | None]:
+        """Return the setting that says how often a source may be gone through, and what it says."""
+        mixture = self.order.mixture
+        return (
+            ("mixture.epochs", mixture.epochs[name])
+            if isinstance(mixture, Epochs)
+            else ("max_epochs", self.order.max_epochs)
+        )
 
 
 def _number(begins: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:

@@ -27,18 +27,7 @@ DIGITS = 30  # of a weight under a temperature; decimal arithmetic is the same o
 Share = Annotated[float, Field(ge=0)]
 
 
-class Limited(Choice):
-    """A mixture that goes through its sources as often as training is long.
-
-    Attributes:
-        max_epochs: How often any source may be gone through; null has no limit. Up to about four times is nearly as
-            good as new text (Muennighoff et al. 2023, arXiv:2305.16264).
-    """
-
-    max_epochs: float | None = Field(default=4.0, gt=0)
-
-
-class Weights(Limited):
+class Weights(Choice):
     """Every source has its weight: its share of the samples is that over the sum of all; 0 leaves it out."""
 
     kind: Literal["weights"] = "weights"
@@ -70,11 +59,11 @@ class Epochs(Choice):
         return [Fraction(repr(self.epochs[name])) * size for name, size in sizes.items()]
 
 
-class Temperature(Limited):
+class Temperature(Choice):
     """Shares go by size ** (1 / temperature): 1 is by size, more evens them out (Devlin et al. 2019, multilingual)."""
 
     kind: Literal["temperature"] = "temperature"
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.01)
 
     def shares(self, sizes: Mapping[str, int]) -> list[Fraction]:
         """Return the power of each size, in the order of `sizes`."""
@@ -96,11 +85,11 @@ class Phase(Settings):
         tokens: How long it is, in training tokens; null for the last one, which has no end.
     """
 
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1, le=10**18)
     mixture: AnyShares
 
 
-class Phases(Limited):
+class Phases(Choice):
     """One mixture after another. Every source goes on where it was: nothing is seen again before its epoch ends."""
 
     kind: Literal["phases"] = "phases"
@@ -113,8 +102,6 @@ class Phases(Limited):
                 raise ValueError(f"phase {number} has no tokens and is not the last; say how long it is")
         if self.phases[-1].tokens is not None:
             raise ValueError("the last phase lasts until training ends; leave its tokens null")
-        if any("max_epochs" in phase.mixture.model_fields_set for phase in self.phases):
-            raise ValueError("max_epochs counts over all phases; give it beside them, not in a phase")
         return self
 
 

@@ -47,6 +47,7 @@ def open_stream(tokens: Artifact, prefix: str = "part-") -> "TokenStream":
         ArtifactError: If a file of them is not what the manifest says, or an id is outside the vocabulary.
     """
     stats, names = tokens.stats, tokens.parts(prefix)
+    _check_numbers(tokens, names)
     if stats["max_token_id"] >= stats["vocab_size"]:
         raise ArtifactError(
             f"{tokens.place}: has the id {stats['max_token_id']}, but its vocabulary has {stats['vocab_size']}; "
@@ -67,6 +68,28 @@ def open_stream(tokens: Artifact, prefix: str = "part-") -> "TokenStream":
         num_bytes=num_bytes,
         find_part=tokens.proven_file,
     )
+
+
+def _check_numbers(tokens: Artifact, names: Sequence[str]) -> None:
+    """Refuse a manifest whose numbers cannot be. Raises ArtifactError."""
+    stats = tokens.stats
+    wanted = (
+        "documents",
+        "bytes",
+        "held_out.documents",
+        "held_out.bytes",
+        "end_of_text_id",
+        "vocab_size",
+        "max_token_id",
+    )
+    numbers: dict[str, object] = {name: stats.get(name) for name in wanted}
+    parts = stats.get("part_tokens")
+    numbers |= {f"part_tokens.{name}": parts.get(name) if isinstance(parts, dict) else None for name in names}
+    bad = [name for name, number in numbers.items() if not isinstance(number, int) or not 0 <= number < 2**62]
+    if not bad and not stats["end_of_text_id"] < stats["vocab_size"] <= 2**32:
+        bad = ["end_of_text_id", "vocab_size"]
+    if bad:
+        raise ArtifactError(f"{tokens.place}: its manifest has no sensible {', '.join(bad)}; tokenize again")
 
 
 class TokenStream:

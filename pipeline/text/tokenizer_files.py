@@ -97,6 +97,8 @@ class Gpt2(Choice):
 class Bert(Choice):
     """The `vocab.txt` of a BERT: one token a line, its number the id.
 
+    Note: decoding does not give back the text: spaces and, with `lowercase`, case and accents are lost.
+
     Attributes:
         path: The file, or a directory that has it.
         lowercase: Whether it folds case and takes accents off, as the models called "uncased" do.
@@ -135,7 +137,7 @@ class Tiktoken(Choice):
     kind: Literal["tiktoken"] = "tiktoken"
     path: Annotated[str, Source()]
     pattern: str = Field(min_length=1)
-    special_ids: dict[str, Annotated[int, Field(ge=0)]] = {}
+    special_ids: dict[str, Annotated[int, Field(ge=0, lt=2**24)]] = {}
 
     @field_validator("pattern")
     @classmethod

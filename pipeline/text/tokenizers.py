@@ -194,7 +194,10 @@ def load(path: Path) -> Tokenizer:
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
-        raise ArtifactError(f"{path}: not a tokenizer in the Hugging Face format ({error}); make it again") from None
+        raise ArtifactError(
+            f"{path}: not a tokenizer in the Hugging Face format ({error}); name a tokenizer.json, or another kind of "
+            "vocabulary"
+        ) from None
 
 
 def from_json(text: str) -> Tokenizer:

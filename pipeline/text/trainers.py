@@ -15,6 +15,7 @@ from pipeline.settings import Choice
 from pipeline.text.ranks import shown
 from pipeline.text.tokenizers import BYTE_CHARACTERS, NUM_BYTES, Tokenizer, byte_level, from_json, word_piece
 
+WORTH_BYTES = 16 << 20  # of text: below, `tokenizers` takes seconds, and gigatoken longer where pairs are rare
 SEPARATOR = b"\xff"  # ends a document in a scratch file; no UTF-8 holds it
 SCORE_DIGITS = 6  # of a Unigram piece; the library's last digits depend on the order of a hash table
 BLOCK_BYTES = 1 << 20  # of a scratch file, read at once
@@ -50,7 +51,7 @@ class Bpe(Choice):
     """
 
     kind: Literal["bpe"] = "bpe"
-    min_frequency: int = Field(default=2, ge=1)
+    min_frequency: int = Field(default=2, ge=1, le=2**31)
 
     def least(self) -> int:
         """Return the size of the smallest vocabulary, without special and added tokens."""
@@ -89,7 +90,7 @@ class WordPiece(Choice):
     """
 
     kind: Literal["wordpiece"] = "wordpiece"
-    min_frequency: int = Field(default=2, ge=1)
+    min_frequency: int = Field(default=2, ge=1, le=2**31)
     lowercase: bool = True
     unknown_token: str = Field(default="[UNK]", min_length=1)
 
@@ -139,7 +140,7 @@ class Unigram(Choice):
     """
 
     kind: Literal["unigram"] = "unigram"
-    max_piece_bytes: int = Field(default=16, ge=1)
+    max_piece_bytes: int = Field(default=16, ge=1, le=2**16)
 
     def least(self) -> int:
         """Return the size of the smallest vocabulary, without special and added tokens."""
@@ -192,13 +193,14 @@ def _train_fast(job: Job, min_frequency: int) -> Tokenizer | None:
 
     gigatoken breaks ties alike, but knows no least frequency: a pair's count never rises from one merge to the next, so
     it is enough that the last merge occurs often enough. Two merges that make one token, and pairs that run out, are
-    left to `tokenizers`, as is text that the two libraries would split differently.
+    left to `tokenizers`, as is text that the two libraries would split differently, and a corpus so small that pairs
+    may well run out.
     """
     from pipeline.text import engine
 
     num_merges = job.vocab_size - NUM_BYTES - len(job.special_tokens) - len(job.added_tokens)
     path = job.scratch / "texts"
-    if num_merges < 1 or not _write(path, job.texts()):
+    if num_merges < 1 or not _write(path, job.texts()) or path.stat().st_size < WORTH_BYTES:
         return None
     merges = [(shown(a), shown(b)) for a, b in engine.train_merges(path, SEPARATOR, num_merges)]
     tokens = [*job.special_tokens, *BYTE_CHARACTERS.values(), *(a + b for a, b in merges)]

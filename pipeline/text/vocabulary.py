@@ -17,7 +17,7 @@ Groups = dict[str, list[int]]  # name → documents, bytes, tokens
 OTHER = "(other)"
 MAX_NAMES = 1000  # sources and languages that a tally tells apart
 SHOWN_NAMES, SHOWN_TOKENS = 50, 20
-SAMPLE_TOKENS = 1024  # of a sampled document, from its start
+SAMPLE_TOKENS = 1024  # of a sampled document, from its start: what is read back
 COUNTED_AT_ONCE = 1 << 18  # tokens: fewer, and adding up the counts costs more than counting
 LANGUAGE_KEYS = ("lang", "language")
 
@@ -55,15 +55,15 @@ class Tally:
         _add_groups(self.languages, [_language(meta) for meta in metas], numbers, batch.texts.sizes, lengths)
 
     def sample(self, text: str, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> None:
-        """Read back the first `SAMPLE_TOKENS` of a document; `ids` are its tokens without the end of text."""
+        """Count the words of a document, and read back its first `SAMPLE_TOKENS`; `ids` are without the end of text."""
         read = decode(ids[:SAMPLE_TOKENS])
         whole = len(ids) <= SAMPLE_TOKENS
         # where it was cut, the last character may be half
         exact = read == text if whole else text.startswith(read.rstrip("\N{REPLACEMENT CHARACTER}"))
         self.sampled["documents"] += 1
         self.sampled["exact"] += exact
-        self.sampled["tokens"] += min(len(ids), SAMPLE_TOKENS)
-        self.sampled["words"] += len(read.split())
+        self.sampled["tokens"] += len(ids)
+        self.sampled["words"] += len(text.split())
 
     def merge(self, other: Self) -> None:
         """Add what another tally counted."""

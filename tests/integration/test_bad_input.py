@@ -149,7 +149,7 @@ def test_references_of_several_tasks_are_listed_together(tmp_path):
             ["stage=clean", "stage.corpus=nowhere"],
             "stage.corpus: nowhere: no such directory; wanted an",
         ),
-        (["stage=clean", "stage.corpus=tests"], "has no manifest.json, so it is unfinished"),
+        (["stage=clean", "stage.corpus=tests"], "has no manifest.json, so it is not an artifact"),
         (["job=tiny", "tasks.shard.sources.0.path=nowhere.jsonl"], "nowhere.jsonl: no such file or directory"),
         (["job=tiny", "tasks.finetune.data=nowhere.jsonl"], "nowhere.jsonl: no such file or directory"),
     ],

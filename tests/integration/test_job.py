@@ -145,3 +145,8 @@ def test_a_frozen_trunk_keeps_the_pretrained_weights(root):
     for name, weight in before.items():
         assert (after[f"trunk.{name}"] == weight).all(), name
     assert open_artifact(root / "jobs/tiny/finetune").stats["test_accuracy"] > 0
+
+
+def test_nothing_is_left_of_parts_that_were_being_encoded(tiny_root):
+    assert (tiny_root / "jobs/tiny/tokenize/work").is_dir()
+    assert not (tiny_root / "jobs/tiny/tokenize/work/partial").exists()

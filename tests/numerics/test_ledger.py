@@ -21,13 +21,17 @@ MODEL = "{kind:decoder,d_model:16,num_layers:1,num_heads:2,max_seq_len:32}"
 
 
 def settings(tokens: Path, root: Path, world: int) -> list[object]:
-    mixture = "{kind:weights,weights:{a:0.7,b:0.3},max_epochs:null}"
+    mixture = (
+        "{kind:phases,phases:[{tokens:5000,mixture:{kind:weights,weights:{a:0.7,b:0.3}}},"
+        "{mixture:{kind:temperature,temperature:2.0}}]}"
+    )
     return [
         "stage=pretrain",
         "~stage.model",
         f"+stage.model={MODEL}",
         f"stage.tokens={{a:{tokens},b:{tokens}}}",
         f"stage.mixture={mixture}",
+        "stage.max_epochs=null",
         "stage.seq_len=32",
         "stage.batch_tokens=256",
         f"stage.steps={STEPS}",

@@ -9,8 +9,9 @@ import pytest
 from pipeline.artifact import open_artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.launch.local import Local
-from pipeline.settings import decode
+from pipeline.settings import decode, encode
 from pipeline.stages.pretrain import Pretrain
+from pipeline.stages.tokenize import Tokenize
 
 BOTH = {"web": "@web", "code": "@code"}
 
@@ -52,11 +53,22 @@ def test_a_mixture_of_other_sources_is_refused():
         ({"kind": "temperature", "temperature": 0}, "stage.mixture.temperature"),
         ({"kind": "wieghts"}, "did you mean 'weights'"),
         ({"kind": "phases", "phases": []}, "stage.mixture.phases"),
-        ({"kind": "weights", "weights": {"tokens": 1}, "max_epochs": 0}, "stage.mixture.max_epochs"),
     ],
 )
 def test_a_mixture_that_is_none_is_refused(mixture, message):
     assert message in refusal(mixture=mixture)
+
+
+def test_all_settings_survive_being_frozen():
+    both = {"kind": "weights", "weights": {"web": 1, "code": 2.5}}
+    for mixture in (
+        both,
+        {"kind": "epochs", "epochs": {"web": 1, "code": 2.5}},
+        {"kind": "temperature", "temperature": 2},
+        {"kind": "phases", "phases": [{"tokens": 1000, "mixture": {"kind": "temperature"}}, {"mixture": both}]},
+    ):
+        stage = pretrain(tokens=BOTH, mixture=mixture, packing={"kind": "best_fit"})
+        assert decode(Pretrain, encode(stage)) == stage
 
 
 def test_a_warm_up_that_does_not_divide_or_is_out_of_order_is_refused():
@@ -82,10 +94,11 @@ def rewrite(path: Path, **stats) -> None:
 
 def test_more_steps_than_the_mixture_holds_are_refused(tokens):
     pretrain(seq_len=32, batch_tokens=512, steps=4 * 98_000 // 512).open_loader({"tokens": open_artifact(tokens)})
-    with pytest.raises(ConfigError, match=r"mixture.max_epochs: 1,000 steps go 5.19 times through 'tokens' .98,560"):
+    with pytest.raises(
+        ConfigError, match=r"^max_epochs: 1,000 steps go 5.19 times through 'tokens' .98,560.*use at most 770 steps"
+    ):
         pretrain(seq_len=32, batch_tokens=512, steps=1000).open_loader({"tokens": open_artifact(tokens)})
-    endless = {"kind": "temperature", "max_epochs": None}
-    pretrain(seq_len=32, batch_tokens=512, steps=1000, mixture=endless).open_loader({"tokens": open_artifact(tokens)})
+    pretrain(seq_len=32, batch_tokens=512, steps=1000, max_epochs=None).open_loader({"tokens": open_artifact(tokens)})
 
 
 def test_epochs_are_what_a_source_holds(tokens):
@@ -133,3 +146,28 @@ def test_a_part_of_another_length_than_the_manifest_says_is_refused(tokens):
     loader = pretrain(seq_len=32, batch_tokens=512).open_loader({"tokens": open_artifact(tokens)})
     with pytest.raises(ArtifactError, match="the manifest says 40000 tokens, found"):
         loader.read(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"held_out.bytes": "x"}, "held_out.bytes"),
+        ({"end_of_text_id": 512}, "end_of_text_id, vocab_size"),
+        ({"vocab_size": 2**40}, "end_of_text_id, vocab_size"),
+        ({"part_tokens": None}, "part_tokens.part-00000-00000.arrow, "),
+    ],
+)
+def test_a_manifest_with_numbers_that_cannot_be_is_refused(tokens, changes, named):
+    rewrite(tokens, **changes)
+    with pytest.raises(ArtifactError, match=f"its manifest has no sensible {named}"):
+        pretrain().open_loader({"tokens": open_artifact(tokens)})
+
+
+def test_no_tokens_at_all_are_refused():
+    assert "stage.tokens" in refusal(tokens={})
+
+
+def test_tokens_of_which_nothing_is_held_out_are_refused():
+    maker = decode(Tokenize, {"kind": "tokenize", "corpus": "@c", "tokenizer": "@t", "held_out_fraction": 0}, where="")
+    found = list(pretrain().check({"tokens": maker}, Local()))
+    assert found == [("tokens", "nothing is held out to validate on; give tokenize a held_out_fraction above 0")]

@@ -13,6 +13,12 @@ MINI = Path(__file__).parents[1] / "data" / "mini.jsonl"
 TEXTS = [json.loads(line)["text"] for line in MINI.read_text().splitlines()]
 
 
+@pytest.fixture(autouse=True)
+def _fast_however_small(monkeypatch):
+    """Let the fast trainer take corpora of any size."""
+    monkeypatch.setattr("pipeline.text.trainers.WORTH_BYTES", 0)
+
+
 def train(**settings) -> TrainTokenizer:
     return decode(TrainTokenizer, {"kind": "train_tokenizer", "corpus": "@clean", "vocab_size": 600, **settings})
 
@@ -135,3 +141,17 @@ def test_a_damaged_part_is_not_read(tmp_path, texts_to_corpus, run_stage, damage
     damage(corpus.path / corpus.parts()[0])
     with pytest.raises(ArtifactError, match="damaged"):
         run_stage(train(), {"corpus": corpus}, tmp_path / "tokenizer")
+
+
+def test_a_small_corpus_is_left_to_the_plain_library(tmp_path, texts_to_corpus, run_stage, monkeypatch):
+    monkeypatch.undo()
+    made = run_stage(train(), {"corpus": texts_to_corpus(TEXTS)}, tmp_path / "tokenizer")
+    assert made.stats["trainer"] == "tokenizers"
+
+
+def test_a_word_without_end_does_not_take_for_ever(tmp_path, texts_to_corpus, run_stage):
+    endless = ["x" * 200_000, "ab" * 100_000 + " end", " " * 100_000, *TEXTS]
+    for number, corpus in enumerate((endless, [text[: 1 << 14] for text in endless])):
+        stage = train(algorithm={"kind": "bpe", "min_frequency": 2})
+        made = run_stage(stage, {"corpus": texts_to_corpus(corpus)}, tmp_path / f"tokenizer{number}")
+        assert made.stats["vocab_size"] > 256

@@ -235,3 +235,14 @@ def test_training_prints_nothing(tmp_path, capfd):
     assert merges[:2] == [(b"l", b"o"), (b"lo", b"w")]
     print("after")
     assert capfd.readouterr() == ("after\n", "")
+
+
+@pytest.mark.parametrize("how", ["lstrip", "rstrip", "single_word"])
+def test_added_tokens_that_look_around_are_left_to_the_plain_library(trained, how):
+    data = trained.data
+    number = 1 + max(data["model"]["vocab"].values())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    data["added_tokens"].append({"id": number, "content": "<x>", **flags, how: True})
+    engine = choose_engine(from_json(json.dumps(data)), [])
+    assert engine.name == "tokenizers"
+    assert "its added tokens take what is around them into account" in engine.why

@@ -65,7 +65,7 @@ def streams(tmp_path):
 
 def order_of(packing=None, mixture=None, **changes):
     settings = {
-        "mixture": mixture or Temperature(max_epochs=None),
+        "mixture": mixture or Temperature(),
         "packing": packing or Contiguous(),
         "seq_len": SEQ_LEN,
         "batch_rows": 8,
@@ -202,7 +202,7 @@ def test_steps_may_be_asked_for_in_any_order(streams, monkeypatch):
 
 
 def test_every_epoch_of_every_source_has_each_row_once(streams):
-    mixture = Weights(weights={"web": 0.5, "code": 0.3, "books": 0.2}, max_epochs=None)
+    mixture = Weights(weights={"web": 0.5, "code": 0.3, "books": 0.2})
     loader = Loader(streams, order_of(mixture=mixture, steps=400))
     samples = samples_of(loader, 400)
     complete = 0
@@ -236,7 +236,7 @@ def test_sources_named_in_another_order_are_the_same_mixture(streams):
 
 def test_shares_are_those_asked_for_at_every_step(streams):
     weights = {"web": 0.62, "code": 0.25, "books": 0.13}
-    loader = Loader(streams, order_of(mixture=Weights(weights=weights, max_epochs=None)))
+    loader = Loader(streams, order_of(mixture=Weights(weights=weights)))
     for step in range(1, 101):
         counts = loader.counts(step)
         assert sum(counts.values()) == 8 * step
@@ -249,7 +249,7 @@ def test_in_a_phase_on_one_source_there_is_no_other(streams):
         Phase(tokens=40 * SEQ_LEN, mixture=Temperature()),
         Phase(mixture=Weights(weights={"web": 0.0, "code": 0.0, "books": 1.0})),
     )
-    loader = Loader(streams, order_of(mixture=Phases(phases=phases, max_epochs=None)))
+    loader = Loader(streams, order_of(mixture=Phases(phases=phases)))
     sources = [source for source, _, _ in samples_of(loader, 10)]
     assert set(sources[:40]) == {0, 1, 2}
     assert set(sources[40:]) == {loader.names.index("books")}
@@ -318,7 +318,6 @@ def test_the_steps_of_a_document_are_those_whose_spans_name_it(streams, packing)
             Phase(tokens=200 * SEQ_LEN, mixture=Temperature()),
             Phase(mixture=Weights(weights={"web": 1.0, "code": 0.0, "books": 2.0})),
         ),
-        max_epochs=None,
     )
     loader = Loader(streams, order_of(packing, mixture, steps=steps))
     seen = {}
@@ -347,16 +346,18 @@ def test_a_source_smaller_than_one_sequence_is_refused_by_name(streams, tmp_path
 
 
 def test_more_steps_than_the_epochs_allow_are_refused_by_name(streams):
-    mixture = Weights(weights={"web": 1.0, "code": 0.0, "books": 1.0})  # max_epochs: 4
+    mixture = Weights(weights={"web": 1.0, "code": 0.0, "books": 1.0})
     rows = streams["books"].num_tokens // SEQ_LEN
     enough = rows * 4 * 2 // 8
-    Loader(streams, order_of(mixture=mixture, steps=enough))
+    Loader(streams, order_of(mixture=mixture, steps=enough, max_epochs=4))
     with pytest.raises(ConfigError) as error:
-        Loader(streams, order_of(mixture=mixture, steps=enough + 2))
-    assert str(error.value).startswith(f"mixture.max_epochs: {enough + 2:,} steps go 4.")
+        Loader(streams, order_of(mixture=mixture, steps=enough + 2, max_epochs=4))
+    assert str(error.value).startswith(f"max_epochs: {enough + 2:,} steps go 4.")
     assert "times through 'books'" in str(error.value)
-    assert "at most 4 are allowed; use fewer steps, more text or another mixture, or raise it" in str(error.value)
-    Loader(streams, order_of(mixture=mixture.model_copy(update={"max_epochs": None}), steps=10**6))
+    assert f"at most 4 are allowed; use at most {enough:,} steps, more text or another mixture, or raise it" in str(
+        error.value
+    )
+    Loader(streams, order_of(mixture=mixture, steps=10**6))
 
 
 def test_epochs_that_were_asked_for_are_held(streams):

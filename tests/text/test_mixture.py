@@ -212,7 +212,6 @@ REFUSED = {
     "not a number": ({"kind": "weights", "weights": {"a": float("nan")}}, "mixture.weights.a: wanted a finite number"),
     "empty": ({"kind": "weights", "weights": {}}, "mixture.weights: "),
     "cold": ({"kind": "temperature", "temperature": 0}, "mixture.temperature: wanted greater than 0, found 0"),
-    "no limit": ({"kind": "temperature", "max_epochs": 0}, "mixture.max_epochs: wanted greater than 0, found 0"),
     "no phases": ({"kind": "phases", "phases": []}, "mixture.phases: "),
     "endless phase": (
         {"kind": "phases", "phases": [{"mixture": ONE}, {"mixture": ONE}]},
@@ -221,10 +220,6 @@ REFUSED = {
     "last phase ends": (
         {"kind": "phases", "phases": [{"tokens": 5, "mixture": ONE}]},
         "mixture: the last phase lasts until training ends; leave its tokens null",
-    ),
-    "limit in a phase": (
-        {"kind": "phases", "phases": [{"mixture": {**ONE, "max_epochs": 2}}]},
-        "mixture: max_epochs counts over all phases",
     ),
     "phase of no tokens": (
         {"kind": "phases", "phases": [{"tokens": 0, "mixture": ONE}, {"mixture": ONE}]},
