@@ -101,7 +101,9 @@ def _loss_chart(entry: Entry, runs: Runs) -> Html:
 
 
 def _chart(entry: Entry, runs: Runs, name: str) -> Html:
-    measure = MEASURES.get(name) or Measure(name.replace("_", " ").capitalize())
+    what, _, source = name.partition(".")
+    title = what.replace("_", " ").capitalize() + (f" of {source}" if source else "")
+    measure = MEASURES.get(name) or Measure(title)
     drawn = [
         curve
         for colour, (run, measures) in enumerate(_ordered(runs), 1)

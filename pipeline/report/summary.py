@@ -33,7 +33,7 @@ def tiles(entries: Sequence[Entry]) -> list[Tile]:
     if documents := _documents(entries):
         found.append(("documents", amount(documents[1]), f"of {amount(documents[0])} read"))
     if tokens := _tokens(entries):
-        vocabulary = _first(entries, "vocab_size")
+        vocabulary = _first(_led_to(entries), "vocab_size")
         note = f"vocabulary {vocabulary.numbers['vocab_size']:,.0f}" if vocabulary else ""
         found.append(("tokens", amount(tokens), note))
     if trained := _trained(entries):
@@ -56,7 +56,22 @@ def _first(entries: Sequence[Entry], *numbers: str, kind: str | None = None) -> 
 
 
 def _tokens(entries: Sequence[Entry]) -> float:
-    return sum(e.numbers.get("tokens", 0) for e in entries if e.artifact.manifest.kind == "tokens")
+    return sum(e.numbers.get("tokens", 0) for e in _led_to(entries) if e.artifact.manifest.kind == "tokens")
+
+
+def _led_to(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Return the tasks that the first language model was made of, in their order; without a model all."""
+    trained = _trained(entries)
+    if trained is None:
+        return entries
+    by_fingerprint = {entry.fingerprint: entry for entry in entries}
+    found, open_ends = {trained.fingerprint}, [trained]
+    while open_ends:
+        for need in open_ends.pop().needs.values():
+            if need in by_fingerprint and need not in found:
+                found.add(need)
+                open_ends.append(by_fingerprint[need])
+    return [entry for entry in entries if entry.fingerprint in found]
 
 
 def _trained(entries: Sequence[Entry]) -> Entry | None:
@@ -73,8 +88,8 @@ def _bits_per_byte(entry: Entry) -> float:
 
 
 def _documents(entries: Sequence[Entry]) -> tuple[int, int] | None:
-    """Return how many documents the first corpus stages were given, and the last ones kept."""
-    corpora = {entry.fingerprint: entry for entry in entries if is_corpus(entry)}
+    """Return how many documents the first corpus stages were given, and the last ones kept, on the way to a model."""
+    corpora = {entry.fingerprint: entry for entry in _led_to(entries) if is_corpus(entry)}
     if not corpora:
         return None
     read_by_another = {need for entry in corpora.values() for need in entry.needs.values()}

@@ -203,6 +203,18 @@ def test_parallel_corpora_are_added_up(whole_job):
     assert sentence(whole_job.pick("shard", "clean", "books")) == "Of 1,030 documents, 870 were kept."
 
 
+def test_tiles_count_what_the_model_was_made_of(job):
+    job.add("en", "corpus", {"kind": "shard"}, stats={"documents_in": 10, "documents": 9})
+    job.add("other", "corpus", {"kind": "clean"}, stats={"documents_in": 500, "documents": 400})
+    job.add("bpe", "tokens", {"kind": "tokenize", "n": 1}, ["en"], {"tokens": 1000, "vocab_size": 256})
+    job.add("gpt2", "tokens", {"kind": "tokenize", "n": 2}, ["en"], {"tokens": 7000, "vocab_size": 50257})
+    stats = {"tokens": 50, "parameters": 5, "steps": 2}
+    job.add("model", "model", {"kind": "pretrain"}, ["bpe"], stats)
+    found = {what: (count, note) for what, count, note in tiles(job.all)}
+    assert found["tokens"] == ("1,000", "vocabulary 256")
+    assert found["documents"] == ("9", "of 10 read")
+
+
 def test_tiles_leave_out_what_there_is_not(whole_job):
     assert [label for label, _, _ in tiles(in_order(whole_job.all))] == [
         "documents",
