@@ -233,7 +233,7 @@ class TestWithAJob:
             f"stage.tokens={root}/jobs/tiny/tokenize",
             status=3,
         )
-        assert "its tokenizer (vocabulary of 300) is not the one that" in said
+        assert "its tokenizer (vocabulary of 300) is not the one of" in said
         said = refused(
             tmp_path,
             "stage=pretrain",

@@ -80,7 +80,11 @@ def test_a_changed_source_is_noticed(root, tmp_path):
 def test_a_stage_alone_has_the_fingerprint_it_has_in_the_job(root):
     jobs = root / "jobs/tiny"
     done = run_pipeline(
-        "stage=tokenize", f"root={root}", f"stage.corpus={jobs}/dedup", f"stage.tokenizer={jobs}/train_tokenizer"
+        "stage=tokenize",
+        f"root={root}",
+        f"stage.corpus={jobs}/dedup",
+        f"stage.tokenizer={jobs}/train_tokenizer",
+        "stage.held_out_fraction=0.05",
     )
     assert "done before" in done.stdout
 
