@@ -118,21 +118,22 @@ def publish(task: FrozenTask, seconds: float, num_ranks: int) -> Manifest:
 
 def main() -> None:
     """Run this process's rank; leave the reason of a failure for the launcher and exit with its status."""
-    task = read_task(Path(sys.argv[1]))
+    directory = Path(sys.argv[1]).parent.parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's
     try:
+        task = read_task(Path(sys.argv[1]))
         with StopRequest().listening(*STOP_SIGNALS) as stop:
             work(task, stop)
     except PipelineError as error:
-        _fail(task, error)
+        _fail(directory, error)
     except OSError as error:
         if not is_disk_full(error):
             raise
-        _fail(task, ArtifactError(f"{task.directory}: the disk is full; make room and run the same command again"))
+        _fail(directory, ArtifactError(f"{directory}: the disk is full; make room and run the same command again"))
 
 
-def _fail(task: FrozenTask, error: PipelineError) -> NoReturn:
-    leave_reason(Path(task.directory), read_ranks().rank, error)
+def _fail(directory: Path, error: PipelineError) -> NoReturn:
+    leave_reason(directory, read_ranks().rank, error)
     sys.exit(error.exit_status)
 
 

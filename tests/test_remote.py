@@ -249,6 +249,12 @@ def test_a_kind_of_url_that_there_is_not(tmp_path):
     assert "wanted s3:// or another that fsspec knows, found s4://" in done.stderr
 
 
+def test_another_artifact_than_the_url_is_called_is_refused(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "shard-0123456789abcdef")
+    with pytest.raises(ArtifactError, match="not of what the URL is called"):
+        open_anywhere(f"file://{tmp_path}/shard-0123456789abcdef", tmp_path)
+
+
 def test_artifacts_are_not_written_elsewhere(corpus):
     done = run_pipeline("stage=clean", f"stage.corpus={corpus}", f"root=s3://{BUCKET}/artifacts", status=2)
     assert done.stderr.startswith(f"error: root: wanted a directory of this machine, found 's3://{BUCKET}/artifacts'")

@@ -105,10 +105,9 @@ class Tokenize(Stage):
             )
         exact = headline(tally, special)["round_trip_fraction"]
         if exact < 1:
-            print(
-                f"{ctx.task}: decoding gives back {100 * exact:.0f} % of the sampled texts; bits per byte, which "
-                "counts the bytes of the texts, flatters a model of such tokens",
-                flush=True,
+            ctx.log(
+                f"decoding gives back {100 * exact:.0f} % of the sampled texts; bits per byte, which "
+                "counts the bytes of the texts, flatters a model of such tokens"
             )
         with ctx.output.write(VOCABULARY) as path:
             path.write_text(json.dumps(describe(tally, special, tokenizer.decode), ensure_ascii=False), "utf-8")

@@ -220,6 +220,10 @@ def test_what_the_settings_alone_show_is_refused_before_the_start(tmp_path):
             {"vocabulary": {"kind": "tiktoken", "path": "x", "pattern": "gpt2", "special_ids": {"a": -1}}},
             "special_ids.a: wanted greater than or equal to 0",
         ),
+        (
+            {"vocabulary": {"kind": "tiktoken", "path": "x", "pattern": "gpt2", "special_ids": {"a": 2**32 - 1}}},
+            "special_ids.a: wanted less than 16777216",
+        ),
         ({"vocabulary": {"kind": "bytes"}, "special_tokens": ["a", "a"]}, "special_tokens: wanted different tokens"),
         ({"vocabulary": {"kind": "bytes"}, "added_tokens": [""]}, "added_tokens: wanted different tokens"),
     ],
@@ -318,3 +322,11 @@ def test_the_files_are_part_of_the_fingerprint(tmp_path):
     assert list(before) == ["vocabulary.path"]
     (tmp_path / "merges").write_text("a c")
     assert identify_sources(stage) != before
+
+
+def test_a_tokenizer_that_draws_lots_is_refused(bring, tmp_path):
+    data = byte_level({"a": 0, "b": 1, "ab": 2}, [("a", "b")]).data
+    data["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match="this tokenizer has BPE dropout, so the ids of a text are random"):
+        bring({"kind": "huggingface", "path": str(tmp_path / "tokenizer.json")}, special_tokens=[END])
