@@ -23,7 +23,7 @@ from pipeline.text.token_parts import TokenWriter, open_tokens
 from pipeline.text.tokenizers import Tokenizer
 from pipeline.text.vocabulary import Tally
 
-BATCH_BYTES = 2 << 20  # text that is encoded at once
+BATCH_BYTES = 4 << 20  # text that is encoded at once
 FIRST_SAMPLED = 32  # documents of a part's first batch that are looked at, and one of each after it
 SAVE_BYTES, SAVE_S = 256 << 20, 10.0  # text and time between two notes: what a kill can cost
 
