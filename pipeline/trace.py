@@ -16,7 +16,7 @@ from pipeline.plan import stage_of
 from pipeline.settings import nearest
 from pipeline.stage import Stage
 from pipeline.stages.pretrain import Pretrain
-from pipeline.stages.tokenize import HELD
+from pipeline.text.corpus import HELD
 from pipeline.verify import inputs_of
 from pipeline.worker import read_task
 

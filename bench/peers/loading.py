@@ -4,8 +4,6 @@ DATA is what `bench/loader.py` made. With ROWS 0 the way's own copy of the data 
 ROWS sequences in random order as int64, inputs and labels; start-up lasts from an imported library to the first batch.
 """
 
-import importlib.abc
-import importlib.machinery
 import json
 import os
 import resource
@@ -16,7 +14,6 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -300,35 +297,13 @@ def compile_helper(folder: Path) -> None:
 
 def import_megatron() -> tuple[Any, Any, Any]:
     """Import Megatron's datasets; the tree wants triton, which is replaced by nothing."""
-    import torch._inductor.select_algorithm  # noqa: F401 - torch itself is to see that there is none
+    from no_triton import Nothing
 
     sys.meta_path.insert(0, Nothing())
     sys.path.insert(0, sys.argv[6])
     from megatron.core.datasets import gpt_dataset, indexed_dataset, utils
 
     return gpt_dataset, indexed_dataset, utils
-
-
-class Nothing(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds triton and all that is in it, as something that answers to every name."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        """Return where triton is: here."""
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "triton" else None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        """Return a module that answers to every name."""
-        return type("Module", (ModuleType,), {"__getattr__": lambda self, name: _answer(name)})(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Give it a version."""
-        module.__version__ = "3.0.0"  # type: ignore[attr-defined]
-
-
-def _answer(name: str) -> MagicMock:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return MagicMock()
 
 
 OPEN: dict[str, Callable[[], Callable[..., Batches]]] = {

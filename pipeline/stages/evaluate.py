@@ -11,7 +11,7 @@ from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats
 from pipeline.stages.finetune import refuse_classifier
 from pipeline.stages.pretrain import VALIDATION_ROWS, check_tokenizer, load_language_model
-from pipeline.stages.tokenize import HELD
+from pipeline.text.corpus import HELD
 from pipeline.text.tokenizers import TOKENIZER, load
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from pipeline.parallel.engine import EngineSettings, Precision, deepspeed_json
 from pipeline.parallel.mesh import shape_batch
 from pipeline.settings import Input
 from pipeline.stage import CHECKPOINTS, Context, Run, Stage, Stats, TaskName
-from pipeline.stages.tokenize import HELD, Tokenize
+from pipeline.stages.tokenize import Tokenize
+from pipeline.text.corpus import HELD
 from pipeline.text.mixture import AnyMixture, Temperature, check_names
 from pipeline.text.packing import AnyPacking, Contiguous, WarmUp, check_warmup
 from pipeline.text.tokenizers import TOKENIZER
@@ -141,8 +142,8 @@ class Pretrain(Stage):
             weights = full_weights(trained.engine)
         if ctx.rank == 0:
             ctx.output.stats |= trained.validation
-            for name, count in loader.counts(self.steps).items():
-                ctx.output.stats[f"epochs.{name}"] = count / loader.sizes[loader.names.index(name)]
+            for (name, count), size in zip(loader.counts(self.steps).items(), loader.sizes, strict=True):
+                ctx.output.stats[f"epochs.{name}"] = count / size
             self._write(ctx, config, weights, next(iter(tokens.values())))
 
     def open_loader(self, tokens: Mapping[str, Artifact]) -> "Loader":
@@ -185,9 +186,8 @@ class Pretrain(Stage):
 
     def _describe(self, loader: "Loader", held: "Mapping[str, TokenStream]") -> Iterator[str]:
         """Yield a line for every source: how much there is of it, and how much of it is trained on."""
-        for name, count in loader.counts(self.steps).items():
-            stream = loader.streams[loader.names.index(name)]
-            size = loader.sizes[loader.names.index(name)]
+        counts = loader.counts(self.steps).items()
+        for (name, count), stream, size in zip(counts, loader.streams, loader.sizes, strict=True):
             share = count * self.seq_len / (self.steps * self.batch_tokens)
             yield (
                 f"{name}: {100 * share:.3g} % of training, {count / size:.2f} epochs of {stream.num_tokens:,} tokens "

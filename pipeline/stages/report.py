@@ -10,6 +10,7 @@ from pydantic import Field
 from pipeline.artifact import Artifact, write_json
 from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats, TaskName
+from pipeline.text.corpus import HELD
 
 PAGE = "index.html"
 
@@ -81,7 +82,7 @@ def _lengths(artifact: Artifact) -> Mapping[int, int]:
 
     from pipeline.text.token_parts import open_tokens
 
-    for name in (*artifact.parts(), *artifact.parts("held-")):
+    for name in (*artifact.parts(), *artifact.parts(HELD)):
         part = open_tokens(artifact.file(name))
         for batch in range(part.num_batches):
             sizes, numbers = np.unique(np.diff(part.offsets(batch)), return_counts=True)

@@ -13,11 +13,10 @@ from pipeline.settings import Input, nearest
 from pipeline.stage import PARTIAL, Context, Run, Stage, Stats
 from pipeline.stages.train_tokenizer import TrainTokenizer
 from pipeline.text.arrow import sample_texts
-from pipeline.text.corpus import check_books
+from pipeline.text.corpus import HELD, check_books
 from pipeline.text.tokenizers import END_OF_TEXT, TOKENIZER, Tokenizer, load
 
 VOCABULARY = "vocabulary.json"
-HELD = "held-"
 SAMPLE_PARTS, SAMPLE_TEXTS, SAMPLE_CHARS = 3, 16, 2000  # what the engine is proven on
 PART_TOKENS = "part_tokens."
 
@@ -103,7 +102,8 @@ class Tokenize(Stage):
                 f"{ctx.directory}: {stats['tokens']:,} tokens were written and {int(tally.counts.sum()):,} counted; "
                 "delete this directory and run again"
             )
-        exact = headline(tally, special)["round_trip_fraction"]
+        numbers = headline(tally, special)
+        exact = numbers["round_trip_fraction"]
         if exact < 1:
             ctx.log(
                 f"decoding gives back {100 * exact:.0f} % of the sampled texts; bits per byte, which "
@@ -120,7 +120,7 @@ class Tokenize(Stage):
             "max_token_id": int(tally.counts.nonzero()[0][-1]),
             "dtype": tokenizer.dtype,
             "bytes_per_token": stats["bytes"] / stats["tokens"],
-            **headline(tally, special),
+            **numbers,
             "part_tokens": {name.removeprefix(PART_TOKENS): count for name, count in parts.items()},
         }
 

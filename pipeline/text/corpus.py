@@ -12,6 +12,7 @@ from pipeline.text.arrow import CORPUS, REJECTS, Document, Reject, RowWriter
 
 DROPPED, SKIPPED = "dropped.", "skipped."
 MAX_DETAIL_CHARS = 300
+HELD = "held-"  # begins the names of the parts of tokens that are held out of training
 
 
 class CorpusWriter:

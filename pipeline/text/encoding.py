@@ -16,7 +16,7 @@ from pipeline.artifact import Artifact, FileRecord, write_json
 from pipeline.errors import ArtifactError, PipelineError, Preempted
 from pipeline.settings import Settings, decode, encode
 from pipeline.text.arrow import TextBatch, read_texts
-from pipeline.text.corpus import part_label
+from pipeline.text.corpus import HELD, part_label
 from pipeline.text.engine import Engine
 from pipeline.text.split import held_out
 from pipeline.text.token_parts import TokenWriter, open_tokens
@@ -87,7 +87,7 @@ class PartEncoder:
     def __init__(self, encoder: Encoder, source: Path, directory: Path) -> None:
         label = part_label(source.name)
         self._encoder, self._source, self._directory = encoder, source, directory
-        self._names = (f"part-{label}.arrow", f"held-{label}.arrow")
+        self._names = (f"part-{label}.arrow", f"{HELD}{label}.arrow")
         self._note = directory / f"{source.name}.json"
         self._writers: dict[str, TokenWriter] = {}
         self._counted: dict[str, tuple[int, int, int]] = {}  # documents, tokens, bytes
@@ -180,10 +180,10 @@ def count_again(tokens: Artifact) -> dict[str, Any]:
     found: dict[str, Any] = {"part_tokens": {}, "max_token_id": 0}
     for total in ("", "held_out."):
         found |= {f"{total}{what}": 0 for what in ("documents", "tokens", "bytes")}
-    for name in [*tokens.parts(), *tokens.parts("held-")]:
+    for name in [*tokens.parts(), *tokens.parts(HELD)]:
         part = open_tokens(tokens.file(name))
         found["part_tokens"][name] = part.num_tokens
-        for total in ("", "held_out.") if name.startswith("held-") else ("",):
+        for total in ("", "held_out.") if name.startswith(HELD) else ("",):
             found[f"{total}documents"] += part.num_documents
             found[f"{total}tokens"] += part.num_tokens
             found[f"{total}bytes"] += sum(int(part.rows(batch)[2].sum()) for batch in range(part.num_batches))

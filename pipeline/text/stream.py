@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError
+from pipeline.text.corpus import HELD
 from pipeline.text.token_parts import TokenPart, open_tokens
 
 Tokens = npt.NDArray[np.int64]
@@ -54,7 +55,7 @@ def open_stream(tokens: Artifact, prefix: str = "part-") -> "TokenStream":
             "tokenize again"
         )
     tokens.prove(names)
-    held = prefix == "held-"
+    held = prefix == HELD
     documents, num_bytes = (
         stats[f"held_out.{what}"] if held else stats[what] - stats[f"held_out.{what}"]
         for what in ("documents", "bytes")
