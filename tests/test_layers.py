@@ -32,7 +32,7 @@ DOORS = {
     "tokenizers": {"text.tokenizers", "text.trainers"},
     "awkward": {"text.engine"},
     "gigatoken": {"text.engine"},
-    "transformers": {"models.hf"},
+    "transformers": {"models.hf.export"},
     "fsspec": {"remote"},
 }
 

@@ -1,225 +1,275 @@
-"""The Transformer, a classifier on top of it, their first weights, and how both are saved and loaded.
+"""The Transformer: a decoder, an encoder or both, assembled from settings, with its output layers and its loss.
 
-Letters of the shape suffixes as in `layers`: B rows, T positions, D d_model, V ids of the vocabulary, C classes.
+Letters of the shape suffixes: B rows, T positions fed now, S positions seen, U positions of a decoder that reads an
+encoder, D d_model, V ids of the vocabulary, C classes of pairs of texts, N labels.
 """
-
-import hashlib
-import json
-import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.errors import ArtifactError, ConfigError
-from pipeline.models.config import CONFIG_FILE, WEIGHTS_FILE, Decoder, ModelFile, read_config
-from pipeline.models.layers import (
-    IGNORED_LABEL,
-    Block,
-    Cache,
-    document_mask,
-    document_positions,
-    make_norm,
-    make_rotary,
-    summed_cross_entropy,
-)
-from pipeline.settings import encode
+from pipeline.errors import ConfigError
+from pipeline.models.cache import Cache
+from pipeline.models.config import AnyModel, Decoder, Encoder, EncoderDecoder
+from pipeline.models.layers import Block, Stack, activate, make_norm
+from pipeline.models.loss import IGNORED_LABEL, Output, TokenLoss, labels_ahead, summed_cross_entropy
+from pipeline.models.positions import sinusoids
+from pipeline.models.sight import View, look, memory_mask, place
+from pipeline.models.weights import SENTENCE_CLASSES
+
+# What a summed loss is divided by to be a mean: the number of labels, of rows, or of rows that have a sentence class.
+UNIT_OF_LOSS = {"sentence": "sentences", "balance": "rows", "router_z": "rows"}
 
 
 class Transformer(nn.Module):
-    """A causal language model. `init_weights` gives it weights that depend on a seed alone."""
+    """A language model. `init_weights` gives it weights that depend on a seed alone.
 
-    def __init__(self, config: Decoder) -> None:
+    Attributes:
+        token_loss: What is added to the cross entropy while it trains.
+    """
+
+    def __init__(self, config: AnyModel) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.token_loss = config, TokenLoss()
+        encoder, both = isinstance(config, Encoder), isinstance(config, EncoderDecoder)
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         learned = config.positions == "learned"
         self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if learned else None
+        types = config.token_types if isinstance(config, Encoder) else 0
+        self.token_type_embedding = nn.Embedding(types, config.d_model) if types else None
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = make_norm(config)
-        tied = config.tie_embeddings
-        self.head = None if tied else nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.encoder = Stack(config, config.num_layers, bidirectional=True) if encoder or both else None
+        layers = config.decoder_layers if isinstance(config, EncoderDecoder) else config.num_layers
+        self.decoder = None if encoder else Stack(config, layers, bidirectional=False, cross=both)
+        ahead = config.predict_ahead if isinstance(config, Decoder) else 0
+        self.ahead = nn.ModuleList(Block(config, config.num_layers) for _ in range(ahead))
+        self._make_heads(config)
 
-    @property
-    def head_weight(self) -> Tensor:
-        """Return the weight of the output layer, one row for each row of the embedding."""
-        return self.embedding.weight if self.head is None else self.head.weight
-
-    def hidden(self, ids_BT: Tensor, cache: Cache | None = None, documents_BT: Tensor | None = None) -> Tensor:
-        """Return what the last layer knows at each position, (B, T, D), the final norm applied.
-
-        Args:
-            cache: If given, `ids_BT` continues what it holds, and is added to it.
-            documents_BT: If given (and no cache), numbers the documents of each row: no position sees another
-                document, and positions count from the beginning of each.
-
-        Raises:
-            ConfigError: If there are more positions than `max_seq_len`.
-        """
-        num_new = ids_BT.shape[1]
-        if num_new > self.config.max_seq_len and cache is None:
-            raise ConfigError(
-                f"max_seq_len: the model reads {self.config.max_seq_len} positions, found {num_new};"
-                " cut the text, or train a model with a larger max_seq_len"
-            )
-        positions, mask = self._visible(ids_BT, cache, documents_BT)
-        x_BTD = self.embedding(ids_BT)
-        if self.position_embedding is not None:
-            x_BTD = x_BTD + self.position_embedding(positions)
-        x_BTD = self.dropout(x_BTD)
-        rotary = make_rotary(positions, self.config, x_BTD.dtype) if self.config.positions == "rotary" else None
-        for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rotary, mask, None if cache is None else cache.layers[layer])
-        normed_BTD: Tensor = self.norm(x_BTD)
-        return normed_BTD
-
-    def _visible(
-        self, ids_BT: Tensor, cache: Cache | None, documents_BT: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the positions, (T) or (B, T), and which keys each may see; null is all that are not later."""
-        num_new = ids_BT.shape[1]
-        if cache is not None:
-            return cache.positions(num_new), cache.mask(num_new)
-        if documents_BT is not None:
-            return document_positions(documents_BT), document_mask(documents_BT)
-        return torch.arange(num_new, device=ids_BT.device), None
-
-    def logits(self, x_BTD: Tensor) -> Tensor:
-        """Return a score for each id of the vocabulary, (..., V), from what `hidden` returns.
-
-        The rows that pad the embedding are cut off, so nobody can ever sample them.
-        """
-        return F.linear(x_BTD, self.head_weight)[..., : self.config.real_vocab_size]
-
-    def loss(self, x_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        """Return the sum of the cross entropies over the real vocabulary, a scalar in fp32; -100 is left out."""
-        return summed_cross_entropy(
-            x_BTD.flatten(0, 1), self.head_weight, labels_BT.flatten(), self.config.real_vocab_size
-        )
+    def _make_heads(self, config: AnyModel) -> None:
+        tied, rows = config.tie_embeddings, config.padded_vocab_size
+        self.head = None if tied else nn.Linear(config.d_model, rows, bias=False)
+        self.head_transform = self.head_bias = self.pooler = self.sentence_head = None
+        if isinstance(config, Encoder):
+            if config.head_transform:
+                dense = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+                self.head_transform = nn.ModuleDict({"dense": dense, "norm": make_norm(config)})
+            if config.head_bias:
+                self.head_bias = nn.Parameter(torch.zeros(rows))
+            if config.pooler:
+                self.pooler = nn.Linear(config.d_model, config.d_model)
+                self.sentence_head = nn.Linear(config.d_model, SENTENCE_CLASSES)
 
     def forward(
         self,
-        ids_BT: Tensor,
-        labels_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
+        ids: Tensor,
+        labels: Tensor | None = None,
+        documents: Tensor | None = None,
+        *,
+        prefix: Tensor | None = None,
+        token_types: Tensor | None = None,
+        sentence: Tensor | None = None,
+        decoder_ids: Tensor | None = None,
+        decoder_documents: Tensor | None = None,
         cache: Cache | None = None,
-    ) -> Tensor:
-        """Return the summed loss of `labels_BT`, or without labels the logits (B, T, V).
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the logits (B, T, V), or with labels the summed losses, each a scalar in fp32, by name.
 
-        Note: labels are not shifted here. `labels_BT[b, t]` is the id that follows `ids_BT[b, t]`, or -100.
-        """
-        x_BTD = self.hidden(ids_BT, cache, documents_BT)
-        return self.logits(x_BTD) if labels_BT is None else self.loss(x_BTD, labels_BT)
-
-
-class Classifier(nn.Module):
-    """A linear layer on the mean of a Transformer's last layer, taken over the positions that are not padding."""
-
-    def __init__(self, trunk: Transformer, num_classes: int, labels: Sequence[str] | None = None) -> None:
-        """Put a classifier on `trunk`; `labels` names the classes, by default "0", "1" and so on."""
-        super().__init__()
-        self.labels = [str(c) for c in range(num_classes)] if labels is None else list(labels)
-        if len(self.labels) != num_classes:
-            raise ConfigError(f"labels: wanted {num_classes} names, one for each class, found {len(self.labels)}")
-        self.trunk = trunk
-        self.head = nn.Linear(trunk.config.d_model, num_classes)
-
-    def forward(self, ids_BT: Tensor, mask_BT: Tensor, labels_B: Tensor | None = None) -> Tensor:
-        """Return logits (B, C), or the summed loss of `labels_B`, a scalar in fp32.
+        Note: labels are not shifted here. `labels[b, t]` is what is to be said at `ids[b, t]`, or -100.
 
         Args:
-            mask_BT: True at real positions. Padding must come after them: then no real position sees it.
+            ids: (B, T).
+            labels: (B, T), or (B, U) of an encoder-decoder.
+            documents: (B, T); if given, numbers the documents of each row: no position sees another document, and
+                positions count from the beginning of each. -1 is padding.
+            prefix: (B, T); true at the positions that all of their document may see, though they come later.
+            token_types: (B, T); null is 0 everywhere.
+            sentence: (B); the class of each pair of texts, or -100.
+            decoder_ids: (B, U); what an encoder-decoder's decoder reads.
+            decoder_documents: (B, U); it sees those of the encoder's documents that have the same number.
+            cache: If given, `ids` (or `decoder_ids`) continue what it holds, and are added to it.
         """
-        x_BTD = self.trunk.hidden(ids_BT)
-        weight_BT1 = mask_BT.unsqueeze(-1).to(x_BTD.dtype)
-        mean_BD = (x_BTD * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1)
-        logits_BC: Tensor = self.head(mean_BD)
-        if labels_B is None:
-            return logits_BC
-        return F.cross_entropy(logits_BC.float(), labels_B, reduction="sum", ignore_index=IGNORED_LABEL)
+        x_BTD, expert_losses, view = self.last_layer(
+            ids,
+            documents,
+            prefix=prefix,
+            token_types=token_types,
+            decoder_ids=decoder_ids,
+            decoder_documents=decoder_documents,
+            cache=cache,
+        )
+        if labels is None:
+            return self.logits(self._finish(x_BTD))
+        losses = self._losses(x_BTD, labels, sentence)
+        for number, block in enumerate(self.ahead, 1):
+            ahead_BTD, _ = block(x_BTD, view)
+            hidden_ND = self._finish(ahead_BTD).flatten(0, 1)
+            later_N = labels_ahead(labels, documents, number).flatten()
+            losses[f"ahead_{number}"] = self._token_loss(hidden_ND, later_N)
+        if self.config.experts is not None:
+            losses |= {"balance": expert_losses[0], "router_z": expert_losses[1]}
+        return losses
 
+    def last_layer(
+        self,
+        ids: Tensor,
+        documents: Tensor | None = None,
+        *,
+        prefix: Tensor | None = None,
+        token_types: Tensor | None = None,
+        decoder_ids: Tensor | None = None,
+        decoder_documents: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor, View | None]:
+        """Return what the last layer makes of what `forward` is given, without the last norm, (B, T, D).
 
-@torch.no_grad()
-def init_weights(model: Transformer | Classifier, seed: int) -> None:
-    """Draw every weight anew, each from a generator of its own, so that the order of construction changes nothing.
+        Also the losses of the experts, (2), and what a decoder's layers saw.
+        """
+        if isinstance(self.config, EncoderDecoder):
+            if decoder_ids is None:
+                raise ConfigError("decoder_ids: an encoder-decoder needs what its decoder reads")
+            memory_BSD, expert_losses = self.encode(ids, documents)
+            x_BUD, more = self.decode(decoder_ids, memory_BSD, documents, decoder_documents, cache)
+            return x_BUD, expert_losses + more, None
+        if isinstance(self.config, Encoder):
+            return *self.encode(ids, documents, token_types), None
+        return self._read(ids, documents, prefix, cache)
 
-    Matrices are normal with `init_std`; those that write to the residual stream are divided by sqrt(2 * num_layers)
-    (Radford et al. 2019, section 2.3). Norms start at one, biases and the rows that pad the vocabulary at zero.
-    """
-    config = (model.trunk if isinstance(model, Classifier) else model).config
-    residual_std = config.init_std / math.sqrt(2 * config.num_layers)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        generator = torch.Generator().manual_seed(_seed_of(seed, name))
-        writes_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-        std = residual_std if writes_residual else config.init_std
-        # Drawn in fp32 on the CPU, so that neither device nor precision changes the draw.
-        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
-        if parameter.shape[0] == config.padded_vocab_size and name.endswith(("embedding.weight", "head.weight")):
-            parameter[config.real_vocab_size :] = 0.0
+    def hidden(
+        self,
+        ids: Tensor,
+        cache: Cache | None = None,
+        documents: Tensor | None = None,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the last layer of a decoder or an encoder knows at each position, (B, T, D), norm applied."""
+        if isinstance(self.config, Encoder):
+            return self._finish(self.encode(ids, documents)[0])
+        return self._finish(self._read(ids, documents, prefix, cache)[0])
 
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Return a score for each id of the vocabulary, (..., V), from what the last layer knows.
 
-def save_model(
-    directory: Path, model: Transformer | Classifier, state: Mapping[str, Tensor] | None = None
-) -> list[str]:
-    """Write `model.safetensors` and `config.json` into `directory` and return their names.
+        The rows that pad the embedding are cut off, so nobody can ever sample them.
+        """
+        return self.output().logits(self._transformed(x_BTD))[..., : self.config.real_vocab_size]
 
-    Args:
-        state: The weights, if the model itself holds only a share of them.
-    """
-    trunk, labels = (model.trunk, model.labels) if isinstance(model, Classifier) else (model, None)
-    state = model.state_dict() if state is None else state
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in state.items()}
-    save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    config = encode(ModelFile(model=trunk.config, labels=labels))
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return [WEIGHTS_FILE, CONFIG_FILE]
+    def output(self) -> Output:
+        """Return the output layer."""
+        config = self.config
+        weight_VD = self.embedding.weight if self.head is None else self.head.weight
+        scale = (config.logit_scale or 1.0) / config.width_ratio
+        return Output(weight_VD, self.head_bias, config.real_vocab_size, scale, config.logit_softcap)
 
+    def encode(
+        self, ids_BT: Tensor, documents_BT: Tensor | None = None, token_types_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the encoder makes of `ids_BT`, (B, T, D), and the losses of its experts, (2).
 
-def load_model(directory: Path) -> Transformer | Classifier:
-    """Return a saved model on the CPU, in the precision it was saved in, ready to evaluate.
+        The last norm of an encoder-decoder's encoder is applied, since its decoder reads the result.
+        """
+        assert self.encoder is not None, "this model has no encoder"
+        self._check_length(ids_BT)
+        at = place(ids_BT, causal=False, documents_BT=documents_BT)
+        sights = look(self.config, at, False, self.encoder.relative, self.embedding.weight.dtype)
+        view = View(*sights, ids_BT, None if documents_BT is None else documents_BT >= 0)
+        x_BTD, losses = self.encoder(self._embed(ids_BT, at.positions, token_types_BT), view)
+        return (self.encoder.finish(x_BTD) if self.decoder is not None else x_BTD), losses
 
-    Raises:
-        ArtifactError: If a file is missing or damaged, or the weights are not those that `config.json` describes.
-    """
-    saved = read_config(directory)
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-        trunk = Transformer(saved.model)
-        model = trunk if saved.labels is None else Classifier(trunk, len(saved.labels), saved.labels)
-    path = directory / WEIGHTS_FILE
-    try:
-        weights = load_file(path)
-    except FileNotFoundError:
-        raise ArtifactError(f"{directory}: no {WEIGHTS_FILE}; wanted a saved model") from None
-    except SafetensorError as error:
-        raise ArtifactError(f"{path}: damaged ({error}); save the model again") from None
-    _check_weights(path, model, weights)
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
+    def decode(
+        self,
+        ids_BU: Tensor,
+        memory_BSD: Tensor,
+        documents_BS: Tensor | None = None,
+        documents_BU: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the decoder knows at each of `ids_BU` after reading what the encoder made, (B, U, D).
 
+        Args:
+            documents_BS: Numbers the encoder's documents, -1 is padding.
+            documents_BU: Numbers the decoder's; null with `documents_BS` reads all that is not padding.
+        """
+        mask = memory_mask(documents_BS, documents_BU)
+        x_BUD, losses, _ = self._read(ids_BU, documents_BU, None, cache, memory_BSD, mask)
+        return x_BUD, losses
 
-def _check_weights(path: Path, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Raise one ArtifactError that names every weight which is missing, unknown or of another shape."""
-    wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    problems = [f"{path}: no weight '{name}'" for name in sorted(wanted.keys() - found.keys())]
-    problems += [f"{path}: unknown weight '{name}'" for name in sorted(found.keys() - wanted.keys())]
-    problems += [
-        f"{path}: '{name}': wanted shape {wanted[name]}, found {found[name]}"
-        for name in sorted(wanted.keys() & found.keys())
-        if wanted[name] != found[name]
-    ]
-    if problems:
-        raise ArtifactError("\n".join([*problems, f"{path}: the weights are not those of {CONFIG_FILE}"]))
+    def _read(
+        self,
+        ids_BT: Tensor,
+        documents_BT: Tensor | None,
+        prefix_BT: Tensor | None,
+        cache: Cache | None,
+        memory_BSD: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, View]:
+        """Return what the decoder knows at each position, without the last norm, its experts' losses, what it saw."""
+        assert self.decoder is not None, "this model has no decoder"
+        if cache is None:
+            self._check_length(ids_BT)
+        at = place(ids_BT, True, documents_BT, prefix_BT, cache)
+        sights = look(self.config, at, True, self.decoder.relative, self.embedding.weight.dtype)
+        real_BT = None if documents_BT is None else documents_BT >= 0
+        view = View(*sights, ids_BT, real_BT, memory_BSD, mask)
+        return *self.decoder(self._embed(ids_BT, at.positions), view, cache), view
 
+    def _embed(self, ids_BT: Tensor, positions: Tensor, token_types_BT: Tensor | None = None) -> Tensor:
+        config = self.config
+        x_BTD: Tensor = self.embedding(ids_BT)
+        if config.embedding_scale is not None:
+            x_BTD = x_BTD * config.embedding_scale
+        if self.position_embedding is not None:
+            x_BTD = x_BTD + self.position_embedding(positions)
+        elif config.positions == "sinusoidal":
+            x_BTD = x_BTD + sinusoids(positions, config.d_model).to(x_BTD.dtype)
+        if self.token_type_embedding is not None:
+            types = torch.zeros_like(ids_BT) if token_types_BT is None else token_types_BT
+            x_BTD = x_BTD + self.token_type_embedding(types)
+        if self.embedding_norm is not None:
+            x_BTD = self.embedding_norm(x_BTD)
+        embedded_BTD: Tensor = self.dropout(x_BTD)
+        return embedded_BTD
 
-def _seed_of(seed: int, name: str) -> int:
-    """Return 63 bits that depend on both, because neighbouring seeds must not give neighbouring draws."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
+    def _check_length(self, ids_BT: Tensor) -> None:
+        if ids_BT.shape[1] > self.config.max_seq_len:
+            raise ConfigError(
+                f"max_seq_len: the model reads {self.config.max_seq_len} positions, found {ids_BT.shape[1]};"
+                " cut the text, or train a model with a larger max_seq_len"
+            )
+
+    def _finish(self, x_BTD: Tensor) -> Tensor:
+        last = self.encoder if self.decoder is None else self.decoder
+        assert last is not None
+        return last.finish(x_BTD)
+
+    def _transformed(self, x_BTD: Tensor) -> Tensor:
+        """Return what the output layer reads."""
+        if self.head_transform is None:
+            return x_BTD
+        dense, norm = self.head_transform["dense"], self.head_transform["norm"]
+        read_BTD: Tensor = norm(activate(dense(x_BTD), self.config))
+        return read_BTD
+
+    def _losses(self, x_BTD: Tensor, labels_BT: Tensor, sentence_B: Tensor | None) -> dict[str, Tensor]:
+        normed_BTD, labels_N = self._finish(x_BTD), labels_BT.flatten()
+        hidden_ND = normed_BTD.flatten(0, 1)
+        if isinstance(self.config, Encoder):  # most positions have no label
+            kept_N = labels_N != IGNORED_LABEL
+            hidden_ND, labels_N = hidden_ND[kept_N], labels_N[kept_N]
+        losses = {"tokens": self._token_loss(self._transformed(hidden_ND), labels_N)}
+        if sentence_B is not None and self.pooler is not None and self.sentence_head is not None:
+            logits_BC = self.sentence_logits(normed_BTD)
+            losses["sentence"] = F.cross_entropy(
+                logits_BC.float(), sentence_B, reduction="sum", ignore_index=IGNORED_LABEL
+            )
+        return losses
+
+    def sentence_logits(self, x_BTD: Tensor) -> Tensor:
+        """Return a score for each class of a pair of texts, (B, C), from the first position, as BERT does."""
+        assert self.pooler is not None, "this model has no pooler"
+        assert self.sentence_head is not None
+        logits_BC: Tensor = self.sentence_head(torch.tanh(self.pooler(x_BTD[:, 0])))
+        return logits_BC
+
+    def _token_loss(self, x_ND: Tensor, labels_N: Tensor) -> Tensor:
+        return summed_cross_entropy(x_ND, self.output(), labels_N, self.token_loss if self.training else None)

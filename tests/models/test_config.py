@@ -4,10 +4,10 @@ import sys
 import pytest
 
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.models.config import Decoder, hf_layout, read_config, unexportable
+from pipeline.models.config import Decoder, Encoder
+from pipeline.models.files import read_config
+from pipeline.models.parts import ExpertChoice, Experts, TokenChoice
 from pipeline.settings import decode, encode
-
-GPT2 = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "bias": True}
 
 
 def test_it_reads_back_what_it_writes():
@@ -38,7 +38,7 @@ def test_an_unknown_vocabulary_is_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 3}, r"m: d_model \(256\) must be a multiple of num_heads \(3\)"),
+        ({"num_heads": 3}, r"m: d_model \(256\) must be a multiple of num_heads \(3\), or set head_width"),
         ({"num_kv_heads": 3}, r"m: num_heads \(4\) must be a multiple of num_kv_heads \(3\)"),
         ({"num_kv_heads": 8}, r"m: num_heads \(4\) must be a multiple of num_kv_heads \(8\)"),
         (
@@ -47,7 +47,7 @@ def test_an_unknown_vocabulary_is_refused():
         ),
         (
             {"d_model": 10, "num_kv_heads": 3},
-            r"m: d_model \(10\) .* of num_heads \(4\); num_heads \(4\) .* of num_kv_heads \(3\)",
+            r"m: d_model \(10\) .* of num_heads \(4\), or set head_width; num_heads \(4\) .* of num_kv_heads \(3\)",
         ),
         ({"norm": "batchnorm"}, "m.norm: wanted 'rmsnorm' or 'layernorm', found 'batchnorm'"),
         ({"num_layer": 2}, "m.num_layer: no such setting; did you mean 'num_layers'?"),
@@ -58,6 +58,31 @@ def test_an_unknown_vocabulary_is_refused():
 def test_shapes_that_cannot_be_are_refused_by_name(changes, message):
     with pytest.raises(ConfigError, match=message):
         decode(Decoder, changes, where="m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_width": 5}, r"head_width \(5\) must be even"),
+        ({"positions": "learned", "local_rope_theta": 1.0}, "need positions 'rotary', found 'learned'"),
+        ({"global_every": 2}, "need a sliding_window"),
+        ({"d_model": 5, "num_heads": 1, "positions": "sinusoidal"}, r"come in pairs, so d_model \(5\) must be even"),
+        ({"dense_layers": 1}, "dense_layers needs experts"),
+        ({"experts": Experts(count=2), "mlp": "gelu"}, "experts need a gate and no bias"),
+        ({"experts": Experts(count=2), "dense_layers": 4}, r"dense_layers \(4\) leaves no layer of 4"),
+        ({"experts": Experts(count=2, router=TokenChoice(top_k=3))}, r"top_k \(3\) is more than experts.count \(2\)"),
+        ({"experts": Experts(count=2, router=ExpertChoice())}, "only an encoder can have it"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Decoder(**changes)
+
+
+def test_an_encoder_may_let_experts_choose():
+    assert Encoder(experts=Experts(count=2, router=ExpertChoice())).experts.count == 2
+    with pytest.raises(ValueError, match="balance_bias_rate needs the router 'token_choice'"):
+        Encoder(experts=Experts(count=2, router=ExpertChoice(), balance_bias_rate=0.1))
 
 
 def test_an_odd_head_is_fine_without_rotary():
@@ -71,29 +96,6 @@ def test_flops_of_a_small_model_by_hand():
     assert config.flops_per_token(seq_len=10) == 6 * weights + 12 * 2 * 8 * 10
 
 
-def test_layouts_of_hugging_face():
-    assert hf_layout(Decoder(num_kv_heads=2, bias=True, tie_embeddings=False)) == "llama"
-    assert hf_layout(Decoder(**GPT2)) == "gpt2"
-    assert unexportable(Decoder()) is None
-    assert unexportable(Decoder(**GPT2)) is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"norm": "layernorm"},
-            "Llama's would need norm=rmsnorm; GPT-2's would need positions=learned, mlp=gelu, bias",
-        ),
-        (GPT2 | {"bias": False}, "GPT-2's would need bias=true"),
-        (GPT2 | {"tie_embeddings": False}, "GPT-2's would need tie_embeddings=true"),
-        (GPT2 | {"num_kv_heads": 2}, "GPT-2's would need num_kv_heads=null"),
-    ],
-)
-def test_what_no_layout_computes_is_said(changes, message):
-    assert message in unexportable(Decoder(**changes))
-
-
 def test_a_config_that_is_not_ours_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match=r"no config\.json; wanted a saved model"):
         read_config(tmp_path)
@@ -104,11 +106,11 @@ def test_a_config_that_is_not_ours_is_refused(tmp_path):
     path.write_text("[]")
     with pytest.raises(ArtifactError, match=r"config\.json: wanted a JSON object, found list"):
         read_config(tmp_path)
-    path.write_text('{"model": {"num_layer": 2}, "format": 2}')
+    path.write_text('{"model": {"kind": "decoder", "num_layer": 2}, "format": 1}')
     with pytest.raises(ArtifactError) as error:
         read_config(tmp_path)
     lines = sorted(str(error.value).splitlines())
-    assert lines[0] == f"{path}: format: wanted 1, found 2"
+    assert lines[0] == f"{path}: format: wanted 2, found 1"
     assert lines[1] == f"{path}: model.num_layer: no such setting; did you mean 'num_layers'?"
 
 

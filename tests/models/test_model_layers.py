@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.models import layers
+from pipeline.models import layers, loss
 from pipeline.models.config import Decoder
-from pipeline.models.layers import Attention, SwiGLU, make_rotary, rotate, summed_cross_entropy
+from pipeline.models.layers import Attention, FeedForward
+from pipeline.models.loss import Output, summed_cross_entropy
+from pipeline.models.positions import make_rotary, rotate
+from pipeline.models.sight import Sight
 
 # Sums of a few dozen numbers of size one, in another order: fp32 has 24 bits, of which the last three may go.
 ROUNDING = 1e-6
@@ -55,7 +58,7 @@ def test_attention_is_the_naive_formula(kv_heads):
     torch.manual_seed(0)
     layer, x = Attention(config), torch.randn(2, 6, 16)
     rotary = make_rotary(torch.arange(6), config, x.dtype)
-    assert_close(layer(x, rotary), naive_attention(layer, x, rotary))
+    assert_close(layer(x, Sight(None, rotary, causal=True)), naive_attention(layer, x, rotary))
 
 
 @torch.no_grad()
@@ -68,14 +71,15 @@ def test_grouped_queries_are_repeated_keys_and_values():
     for name in ("key", "value"):
         heads = getattr(grouped, name).weight.unflatten(0, (2, 4))
         getattr(full, name).weight.copy_(heads.repeat_interleave(2, dim=0).flatten(0, 1))
-    assert_close(grouped(x), full(x))
+    sight = Sight(None, None, causal=True)
+    assert_close(grouped(x, sight), full(x, sight))
 
 
 @torch.no_grad()
 def test_swiglu_and_norms_are_their_formulas():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 16)
-    layer = SwiGLU(Decoder(d_model=16))
+    layer = FeedForward(Decoder(d_model=16), 64)
     gate = x @ layer.gate.weight.T
     assert_close(layer(x), (gate * gate.sigmoid() * (x @ layer.up.weight.T)) @ layer.down.weight.T)
     rms = layers.make_norm(Decoder(d_model=16, norm_eps=0.1))
@@ -85,14 +89,14 @@ def test_swiglu_and_norms_are_their_formulas():
 
 @pytest.mark.parametrize(("vocab_size", "rows"), [(64, 64), (50, 64)])
 def test_the_loss_and_its_gradients_are_those_of_all_logits_at_once(monkeypatch, vocab_size, rows):
-    monkeypatch.setattr(layers, "CPU_CHUNK_TOKENS", 8)  # 20 tokens: two whole chunks and a part
+    monkeypatch.setattr(loss, "CPU_CHUNK_TOKENS", 8)  # 20 tokens: two whole chunks and a part
     torch.manual_seed(0)
     x, weight = torch.randn(20, 16, requires_grad=True), torch.randn(rows, 16, requires_grad=True)
     labels = torch.randint(vocab_size, (20,))
     labels[[0, 9, 19]] = -100
     wanted = F.cross_entropy(x @ weight[:vocab_size].T, labels, reduction="sum")
     wanted_x, wanted_weight = torch.autograd.grad(3 * wanted, (x, weight))
-    found = summed_cross_entropy(x, weight, labels, vocab_size)
+    found = summed_cross_entropy(x, Output(weight, None, vocab_size), labels)
     found_x, found_weight = torch.autograd.grad(3 * found, (x, weight))
     torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=0)
     assert_close(found_x, wanted_x, GRADIENT_ROUNDING)

@@ -1,0 +1,59 @@
+"""The files of a saved model that say what it is; imports no torch."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.models.config import AnyModel
+from pipeline.settings import Settings, decode
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class ModelFile(Settings):
+    """What a saved model's `config.json` holds.
+
+    Attributes:
+        labels: The names of a classifier's classes, in the order of its outputs; null is a language model.
+    """
+
+    format: Literal[2] = 2
+    model: AnyModel
+    labels: list[str] | None = None
+
+
+def read_config(directory: Path) -> ModelFile:
+    """Read the `config.json` of a saved model.
+
+    Raises:
+        ArtifactError: If there is none, or it is not one of ours.
+    """
+    path = directory / CONFIG_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{directory}: no {CONFIG_FILE}; wanted a saved model") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not JSON ({error}); save the model again") from None
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path}: wanted a JSON object, found {type(data).__name__}")
+    try:
+        return decode(ModelFile, data)
+    except ConfigError as error:
+        raise ArtifactError("\n".join(f"{path}: {problem}" for problem in error.problems)) from None
+
+
+def is_theirs(directory: Path) -> bool:
+    """Return whether the model in a directory is in Hugging Face's layout: its `config.json` has their settings.
+
+    One that cannot be read is taken for theirs, so that reading it says what is wrong.
+    """
+    try:
+        data = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except ValueError:
+        return True
+    return isinstance(data, dict) and not data.keys().isdisjoint(("model_type", "architectures"))
