@@ -9,7 +9,7 @@ from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError
 from pipeline.settings import nearest
 from pipeline.stage import Context, Run, Stage, Stats
-from pipeline.stages.train_tokenizer import describe, refuse_bad_tokens, refuse_shared_tokens
+from pipeline.stages.train_tokenizer import describe, expand_ranges, refuse_bad_tokens, refuse_shared_tokens
 from pipeline.text.tokenizer_files import AnyVocabulary, Bytes, Tiktoken
 from pipeline.text.tokenizers import END_OF_TEXT, TOKENIZER
 
@@ -20,7 +20,7 @@ class ImportTokenizer(Stage):
     Attributes:
         vocabulary: Where it comes from.
         special_tokens: Tokens that no text contains, such as the chat markers `<|im_start|>` and `<|im_end|>`; those
-            that the tokenizer lacks get the next ids.
+            that the tokenizer lacks get the next ids. "<extra_id_{0..99}>" is short for a hundred.
         added_tokens: Ordinary tokens that are found in a text before anything else; those it lacks get the next ids.
         end_of_text: The token that ends every document, such as BERT's [SEP]; the tokenizer must have it, or
             special_tokens name it.
@@ -35,7 +35,12 @@ class ImportTokenizer(Stage):
     added_tokens: list[str] = []
     end_of_text: str = Field(default=END_OF_TEXT, min_length=1)
 
-    @field_validator("special_tokens", "added_tokens")
+    @field_validator("special_tokens")
+    @classmethod
+    def _different_once_expanded(cls, tokens: list[str]) -> list[str]:
+        return refuse_bad_tokens(expand_ranges(tokens))
+
+    @field_validator("added_tokens")
     @classmethod
     def _no_token_twice(cls, tokens: list[str]) -> list[str]:
         return refuse_bad_tokens(tokens)

@@ -17,6 +17,7 @@ from pipeline.text.trainers import AnyAlgorithm, Bpe, Job, WordPiece
 LONGEST_RUN = 1 << 14
 LONG_RUN = re.compile(rf"((?:\S{{{LONGEST_RUN}}}|\s{{{LONGEST_RUN}}}))")
 SAMPLE_BYTES = 1 << 20  # text on which bytes per token are measured
+RANGE = re.compile(r"\{(\d{1,6})\.\.(\d{1,6})\}")
 
 
 class TrainTokenizer(Stage):
@@ -26,7 +27,7 @@ class TrainTokenizer(Stage):
         vocab_size: Size of the vocabulary, special tokens, added tokens and the 256 bytes included; a small corpus may
             give less. A model may be made larger, but its tokenizer never is.
         special_tokens: Tokens that no text contains, from id 0; the first ends every document. Chat markers are such,
-            for example [<|endoftext|>, <|im_start|>, <|im_end|>].
+            for example [<|endoftext|>, <|im_start|>, <|im_end|>]. "<extra_id_{0..99}>" is short for a hundred.
         added_tokens: Ordinary tokens that are found in a text before anything else; they have the last ids.
     """
 
@@ -43,6 +44,7 @@ class TrainTokenizer(Stage):
     @field_validator("special_tokens")
     @classmethod
     def _end_of_text_first(cls, tokens: list[str]) -> list[str]:
+        tokens = expand_ranges(tokens)
         if tokens[:1] != [END_OF_TEXT]:
             raise ValueError(f"wanted '{END_OF_TEXT}' as the first, found {tokens[:1]}")
         return refuse_bad_tokens(tokens)
@@ -90,10 +92,29 @@ class TrainTokenizer(Stage):
         return "the corpus has too few pieces"
 
 
+def expand_ranges(tokens: list[str]) -> list[str]:
+    """Return tokens with each range written out: "<x{0..2}>" is <x0>, <x1>, <x2>, and "<x{2..0}>" the same backwards.
+
+    Both spellings of a list make the same settings, and so the same fingerprint.
+    """
+    expanded = []
+    for token in tokens:
+        found = RANGE.search(token)
+        if found is None:
+            expanded.append(token)
+            continue
+        first, last = map(int, found.groups())
+        numbers = range(first, last + 1) if first <= last else range(first, last - 1, -1)
+        expanded += [f"{token[: found.start()]}{number}{token[found.end() :]}" for number in numbers]
+    return expanded
+
+
 def refuse_bad_tokens(tokens: list[str]) -> list[str]:
     """Return the tokens, or raise ValueError if one is empty or there twice."""
     if len(set(tokens)) < len(tokens) or "" in tokens:
-        raise ValueError(f"wanted different tokens, none of them empty, found {tokens}")
+        bad = next(token for number, token in enumerate(tokens) if not token or token in tokens[:number])
+        found = f"'{bad}' twice" if bad else "an empty one"
+        raise ValueError(f"wanted different tokens, none of them empty, found {found}")
     return tokens
 
 
