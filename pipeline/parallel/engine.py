@@ -39,7 +39,7 @@ def deepspeed_json(settings: EngineSettings) -> dict[str, Any]:
     """Return DeepSpeed's configuration.
 
     Raises:
-        ConfigError: If `extra` contradicts a typed setting.
+        ConfigError: If `extra` contradicts a typed setting, or asks for what DeepSpeed does wrong.
     """
     ours: dict[str, Any] = {
         "train_batch_size": settings.batch.rows,
@@ -56,6 +56,12 @@ def deepspeed_json(settings: EngineSettings) -> dict[str, Any]:
     clashes = list(_clashes(settings.extra, ours))
     if clashes:
         raise ConfigError(*(f"run.parallel.deepspeed.{key}: contradicts a typed setting; set that" for key in clashes))
+    if _merge(ours, settings.extra)["zero_optimization"].get("round_robin_gradients"):
+        # Note: of DeepSpeed 0.19.8; training is right, but a wrong model would be written (safe_get_full_fp32_param)
+        raise ConfigError(
+            "run.parallel.deepspeed.zero_optimization.round_robin_gradients: DeepSpeed then gives the weights out in a "
+            "wrong order; leave it out"
+        )
     return _merge(ours, settings.extra)
 
 
@@ -106,10 +112,14 @@ def build_engine(
 ) -> Any:
     """Return the DeepSpeed engine that trains `model`.
 
+    An optimizer with `layouts`, which looks at whole matrices, is told where they lie in what it is given.
+
     Raises:
         ConfigError: If DeepSpeed does not take what `run.parallel.deepspeed` says.
     """
     import deepspeed
+
+    from pipeline.parallel.partitions import flat_partitions
 
     learning = [p for p in model.parameters() if p.requires_grad]
     config = deepspeed_json(settings)
@@ -122,16 +132,37 @@ def build_engine(
             raise
         reason = " ".join(str(error).split())
         raise ConfigError(f"run.parallel.deepspeed: DeepSpeed does not take it: {reason}") from error
+    if hasattr(optimizer, "layouts"):
+        optimizer.layouts = flat_partitions(engine)
     return engine
 
 
+def refresh_weights(engine: Any) -> None:
+    """Copy the fp32 partitions into the weights that the model computes with, after they were changed by hand."""
+    zero = engine.optimizer
+    if not hasattr(zero, "fp32_partitioned_groups_flat"):
+        zero.update_lp_params()
+        return
+    # Note: stage 3 keeps small parameters whole on every rank; the first call cuts them, the last brings them back.
+    zero.checkpoint_event_prologue()
+    for index in range(len(zero.fp32_partitioned_groups_flat)):
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+    zero.checkpoint_event_epilogue()
+
+
 def full_weights(engine: Any) -> dict[str, "torch.Tensor"]:
-    """Return a copy of all weights in fp32 (the master copies where training was in bf16), on every rank."""
+    """Return a copy of all weights in fp32 (the master copies where training was in bf16), on every rank.
+
+    Buffers that belong to the model are among them, as they are.
+    """
     import torch
+    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights = {}
     for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.data
-        weights[name] = full.detach().to("cpu", torch.float32).clone()
-    return weights
+        with GatheredParameters(parameter, enabled=not parameter.requires_grad):  # stage 3 cuts frozen ones too
+            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.data
+            weights[name] = full.detach().to("cpu", torch.float32).clone()
+    buffers = {name: state for name, state in engine.module.state_dict().items() if name not in weights}
+    return weights | {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}

@@ -1,10 +1,16 @@
-"""Batches made ready ahead of their step, in a thread, so that training does not wait for its data."""
+"""Batches of examples, made ready ahead of their step, in a thread, so that training does not wait for its data."""
 
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
+
+if TYPE_CHECKING:
+    from pipeline.parallel.mesh import BatchShape
+    from pipeline.text.loader import Loader
+    from pipeline.training.loop import Batch
+    from pipeline.training.objectives.batch import Examples
 
 STEPS_AHEAD = 2
 
@@ -42,3 +48,21 @@ class Feeder(Generic[BatchT]):
     def _begin(self) -> None:
         self._ahead.append(self._pool.submit(self._feed, self._next))
         self._next += 1
+
+
+def read_batch(examples: "Examples", loader: "Loader", step: int, rank: int, shape: "BatchShape") -> "Batch":
+    """Return a rank's part of the batch of a step (from 1), in as many microbatches as the shape says."""
+    import torch
+
+    from pipeline.training.loop import Batch
+    from pipeline.training.objectives.batch import count_terms
+
+    first = rank * shape.rows_per_rank
+    example = examples.read(loader, step, slice(first, first + shape.rows_per_rank))
+    rows = len(example["ids"])
+    size = rows // shape.accumulation  # while the length warms up, several rows for each sample
+    microbatches = [
+        {name: torch.from_numpy(array[start : start + size]) for name, array in example.items()}
+        for start in range(0, rows, size)
+    ]
+    return Batch(microbatches, count_terms(example), tokens=example["ids"].size)

@@ -6,7 +6,8 @@ is killed anywhere and started again ends, on the same layout, in the same bits.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from pipeline.settings import Settings
 from pipeline.stage import Context
 from pipeline.text.tokenizers import TOKENIZER
 from pipeline.track import METRICS
+from pipeline.training.averaging import AnyAverage, evaluation_weights
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.feed import Feeder
 from pipeline.training.optim import AnyOptimizer
@@ -33,6 +35,7 @@ class Recipe(Settings):
     Attributes:
         batch_rows: Rows (sequences or examples) of one global batch.
         validate_every_steps: Steps between two validations; null validates at the end only.
+        average: What is evaluated and kept in the end, if not the weights themselves.
     """
 
     steps: int
@@ -43,6 +46,7 @@ class Recipe(Settings):
     precision: Precision
     validate_every_steps: int | None
     seed: int
+    average: AnyAverage | None = None
 
     @classmethod
     def of(cls, stage: Settings, **more: Any) -> "Recipe":
@@ -56,13 +60,15 @@ class Batch:
     """One rank's part of a global batch.
 
     Attributes:
-        microbatches: What the model is called with, one after another; it returns the summed loss of their labels.
-        weight: Number of labels in them; the loss is divided by the sum over all ranks.
+        microbatches: The arguments that the model is called with, one time after another; it returns the summed losses
+            of all terms.
+        weights: How many there are of each unit that a term counts (labels, rows, …); the term is divided by their sum
+            over all ranks.
         tokens: Number of tokens in them.
     """
 
-    microbatches: list[tuple["torch.Tensor", ...]]
-    weight: int
+    microbatches: list[dict[str, "torch.Tensor"]]
+    weights: dict[str, int]
     tokens: int
 
 
@@ -74,6 +80,10 @@ class Trainee:
         feed: From a step, a rank and the shape of a batch to what that rank feeds.
         validate: From the model to numbers, the same on every rank.
         checkpoints: Where its checkpoints go.
+        coefficients: What each term of the loss is multiplied with; 1 for those not named.
+        term_names: How the log calls each term; those not named keep the model's name.
+        lr_scales: What the learning rate of a weight is multiplied with, by its name; 1 for those not named.
+        after_step: Called with the model after every step, on every rank; what it returns is logged.
         prefix: Put before the name of every logged number.
         label: The same for what a person reads.
         first_step: Added to every logged step, where one artifact holds several trainings.
@@ -83,6 +93,10 @@ class Trainee:
     feed: Callable[[int, int, BatchShape], Batch]
     validate: Callable[["torch.nn.Module"], Mapping[str, float]]
     checkpoints: Path
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+    term_names: Mapping[str, str] = field(default_factory=dict)
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
+    after_step: Callable[["torch.nn.Module"], Mapping[str, float]] = lambda module: {}
     prefix: str = ""
     label: str = ""
     first_step: int = 0
@@ -90,10 +104,17 @@ class Trainee:
 
 @dataclass
 class Trained:
-    """What came out of training: the engine with the final weights, and the numbers of the last validation."""
+    """What came out of training: the engine with the last weights, and the numbers of the last validation."""
 
     engine: Any
+    average: AnyAverage | None = None
     validation: Mapping[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def evaluated(self) -> Iterator["torch.nn.Module"]:
+        """Give the model with the weights that are to be evaluated and kept; every rank must come here."""
+        with evaluation_weights(self.engine, self.average):
+            yield self.engine.module
 
 
 def train(ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee) -> Trained:
@@ -106,19 +127,22 @@ def train(ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee)
     run, zero = ctx.settings, ctx.settings.parallel.zero
     shape = shape_batch(recipe.batch_rows, run.microbatch_sequences, mpu.world)
     settings = EngineSettings(shape, zero, recipe.precision, recipe.clip_norm, run.parallel.deepspeed)
-    engine = build_engine(trainee.model, recipe.optimizer.build(trainee.model), settings, mpu)
+    optimizer = recipe.optimizer.build(trainee.model, trainee.lr_scales)
+    if recipe.average is not None:
+        recipe.average.attach(optimizer)
+    engine = build_engine(trainee.model, optimizer, settings, mpu)
     start = load_checkpoint(engine, trainee.checkpoints, zero, ctx.log)
     if 0 < start < recipe.steps:
         rate = _rate(recipe, start)
         ctx.log(f"{trainee.label}continues after step {start} of {recipe.steps}, learning rate {rate:.2e}")
-    trained = Trained(engine)
+    trained = Trained(engine, recipe.average)
     progress = ctx.progress(recipe.steps, f"{trainee.label}steps", start)
     with Feeder(lambda step: trainee.feed(step, mpu.rank, shape), start + 1, recipe.steps) as feeder:
         for step in range(start + 1, recipe.steps + 1):
             numbers, stop = _do_step(ctx, mpu, recipe, trainee, engine, feeder, step)
             last = step == recipe.steps
             if last or (recipe.validate_every_steps and step % recipe.validate_every_steps == 0):
-                trained.validation = _validate(ctx, trainee, engine, step)
+                trained.validation = _validate(ctx, trainee, trained, step)
                 numbers |= trained.validation
             _log(ctx, trainee, step, numbers)
             progress.advance(1, f"loss {numbers['loss']:.3f}  {numbers['tokens_per_s']:,.0f} tokens/s")
@@ -128,7 +152,7 @@ def train(ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee)
                 raise Preempted(f"{ctx.task} after step {step} of {recipe.steps}, state saved")
     progress.close()
     if start == recipe.steps:  # an earlier try did all steps but was ended before the end
-        trained.validation = _validate(ctx, trainee, engine, start)
+        trained.validation = _validate(ctx, trainee, trained, start)
     return trained
 
 
@@ -160,24 +184,37 @@ def _do_step(
     """Feed one batch and update the weights; return the step's numbers, and whether some rank was asked to stop."""
     began = time.perf_counter()
     batch, waited_s = feeder.take()
-    weight, tokens = _sum([batch.weight, batch.tokens], engine.device, mpu)
+    *weights, tokens = _sum([*batch.weights.values(), batch.tokens], engine.device, mpu)
     _seed(recipe.seed, step, mpu.rank)
     for group in engine.optimizer.param_groups:
-        group["lr"] = _rate(recipe, step)
-    loss, stops = _sum([_optimize(engine, batch, weight), ctx.should_stop()], engine.device, mpu)
-    _check_finite(ctx, trainee, step, {"loss": loss})
+        group["lr"] = _rate(recipe, step) * group.get("lr_scale", 1.0)
+    terms = _optimize(engine, batch, dict(zip(batch.weights, weights, strict=True)), trainee.coefficients)
+    *means, stops = _sum([*terms.values(), ctx.should_stop()], engine.device, mpu)
+    losses = _name_losses(dict(zip(terms, means, strict=True)), trainee)
+    _check_finite(ctx, trainee, step, losses)
+    routed = trainee.after_step(engine.module)
     seconds = time.perf_counter() - began
     return {
-        "loss": loss,
+        **losses,
         "lr": _rate(recipe, step),
         "grad_norm": float(engine.get_global_grad_norm()),
         "tokens_per_s": tokens / seconds,
         "data_wait_fraction": waited_s / seconds,
+        **routed,
     }, stops > 0
 
 
-def _validate(ctx: Context, trainee: Trainee, engine: Any, step: int) -> Mapping[str, float]:
-    numbers = trainee.validate(engine.module)
+def _name_losses(terms: Mapping[str, float], trainee: Trainee) -> dict[str, float]:
+    """Return the loss that was minimized, and where it has several terms each of them."""
+    total = sum(trainee.coefficients.get(term, 1.0) * mean for term, mean in terms.items())
+    if len(terms) == 1:
+        return {"loss": total}
+    return {"loss": total} | {f"loss.{trainee.term_names.get(term, term)}": mean for term, mean in terms.items()}
+
+
+def _validate(ctx: Context, trainee: Trainee, trained: Trained, step: int) -> Mapping[str, float]:
+    with trained.evaluated() as module:
+        numbers = trainee.validate(module)
     _check_finite(ctx, trainee, step, numbers)
     return numbers
 
@@ -191,23 +228,37 @@ def _check_finite(ctx: Context, trainee: Trainee, step: int, numbers: Mapping[st
             )
 
 
-def _optimize(engine: Any, batch: Batch, weight: float) -> float:
-    """Do one optimizer step; return this rank's share of the batch's mean loss.
+def _optimize(
+    engine: Any, batch: Batch, weights: Mapping[str, float], coefficients: Mapping[str, float]
+) -> dict[str, float]:
+    """Do one optimizer step; return this rank's share of the mean of each term of the batch's loss.
 
     DeepSpeed averages over microbatches and ranks; each loss is scaled so that the average is the sum of all losses
-    over `weight`, the number of labels in the whole batch, however these are spread.
+    over `weights`, the numbers of labels and rows in the whole batch, however these are spread.
     """
     import torch
 
+    from pipeline.models.transformer import UNIT_OF_LOSS
+
     engine.train()
-    scale = len(batch.microbatches) * engine.dp_world_size / weight
-    losses = []
+    scale = len(batch.microbatches) * engine.dp_world_size
+    sums: dict[str, list[torch.Tensor]] = {}
     for microbatch in batch.microbatches:
-        loss = engine(*(tensor.to(engine.device, non_blocking=True) for tensor in microbatch))
-        engine.backward(loss * scale)
+        arguments = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in microbatch.items()}
+        terms: dict[str, torch.Tensor] = engine(**arguments)
+        factors = {
+            term: coefficients.get(term, 1.0) / max(weights[UNIT_OF_LOSS.get(term, "labels")], 1) for term in terms
+        }
+        loss = torch.stack([terms[term] * (factor * scale) for term, factor in factors.items()]).sum()
+        engine.backward(loss)
         engine.step()
-        losses.append(loss.detach())
-    return (torch.stack(losses).sum() / weight).item()
+        for term, value in terms.items():
+            sums.setdefault(term, []).append(value.detach())
+    totals = torch.stack([torch.stack(parts).sum() for parts in sums.values()]).tolist()
+    return {
+        term: total / max(weights[UNIT_OF_LOSS.get(term, "labels")], 1)
+        for term, total in zip(sums, totals, strict=True)
+    }
 
 
 def _sum(numbers: list[float], device: "torch.device", mpu: DataParallelUnit) -> list[float]:

@@ -1,98 +1,147 @@
-"""Numbers that say how good a model is: loss over held-out text, accuracy and F1 of a classifier."""
+"""Numbers that say how good a model is: its losses over held-out text, accuracy and F1 of a classifier."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from pipeline.text.loader import IGNORED
+from pipeline.text.loader import IGNORED, Rows
 from pipeline.text.stream import Tokens, TokenStream
+from pipeline.training.objectives.batch import Examples, count_terms
 
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.training.objectives.objective import Example
+
+MEASURED = ("tokens", "sentence")  # terms that make up the loss of a model; the others only help it to learn
+FED_ROWS = 16  # windows that a model is fed at once
+
 
 @dataclass(frozen=True)
 class Score:
-    """Loss over some text.
+    """Losses over some text.
 
     Attributes:
-        nats: Summed cross entropy.
-        tokens: How many tokens were predicted.
+        sums: Each term of the loss, summed.
+        weights: How many there are of each unit that the terms count: labels, rows, …
     """
 
-    nats: float
-    tokens: int
+    sums: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were predicted."""
+        return int(self.weights["labels"])
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The mean of each term; of tokens in nats per token."""
+        from pipeline.models.transformer import UNIT_OF_LOSS
+
+        weights = {term: self.weights.get(UNIT_OF_LOSS.get(term, "labels"), 0) for term in self.sums}
+        return {term: total / weights[term] for term, total in self.sums.items() if weights[term]}
 
     @property
     def loss(self) -> float:
-        """Mean cross entropy, nats per token."""
-        return self.nats / self.tokens
+        """The loss in nats: cross entropy per token, and where rows have a class also that per row."""
+        return sum(mean for term, mean in self.terms.items() if term in MEASURED)
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the loss."""
-        return math.exp(self.loss)
+        """Exponential of the loss per token."""
+        return math.exp(min(self.terms["tokens"], 700))
 
     def bits_per_byte(self, stream: TokenStream) -> float:
-        """Return bits per UTF-8 byte of the text, which models with different tokenizers can be compared by."""
-        return self.loss * stream.num_tokens / stream.num_bytes / math.log(2)
+        """Return bits per UTF-8 byte of the text, which models with different tokenizers can be compared by.
+
+        It is that only where every token was predicted from those before it.
+        """
+        return self.terms["tokens"] * stream.num_tokens / stream.num_bytes / math.log(2)
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(_add(self.sums, other.sums), _add(self.weights, other.weights))
 
 
 def score(
     model: "torch.nn.Module",
     stream: TokenStream,
-    seq_len: int,
-    rows: int,
-    first_id: int,
+    examples: Examples,
     windows: Sequence[int | None] | None = None,
-    document_mask: bool = False,
+    rows: int = FED_ROWS,
 ) -> Score:
-    """Return the loss of `model` on a stream of documents, cut into windows of `seq_len` tokens to predict.
+    """Return the losses of `model` on a stream of documents, cut into windows that become examples as in training.
 
-    Each window is preceded by the last token before it; the first of all by `first_id`.
+    Each window is preceded by the last token before it, the first of all by the end of a text. What is random in an
+    example follows from the number of its window, so every time the same is asked.
 
     Args:
+        examples: Makes the examples; each window is as long as its rows.
+        windows: Which windows to score, by number; all if null. A None at the end is not scored, but lets ranks that
+            share the work call the model equally often.
         rows: Windows that the model is fed at once.
-        first_id: The id that ends every document.
-        windows: Which windows to score, by number; all if null. A None feeds a window without labels, so that ranks
-            that share the work can call the model equally often.
-        document_mask: Whether the model sees each document alone, as the loader's rows are masked in training.
     """
     import torch
 
-    chosen = range(num_windows(stream, seq_len)) if windows is None else windows
+    size = examples.objective.row_tokens(examples.seq_len)
+    chosen = list(range(num_windows(stream, size)) if windows is None else windows)
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    nats, tokens = 0.0, 0
+    found = Score()
     with torch.inference_mode():
         for first in range(0, len(chosen), rows):
-            pairs = [_window(stream, seq_len, first_id, number) for number in chosen[first : first + rows]]
-            inputs, labels = (np.stack(side) for side in zip(*pairs, strict=True))
-            fed = [inputs, labels, *([np.cumsum(inputs == first_id, axis=1)] if document_mask else [])]
-            nats += model(*(torch.from_numpy(array).to(device) for array in fed)).item()
-            tokens += int((labels != IGNORED).sum())
+            asked = [number for number in chosen[first : first + rows] if number is not None]
+            example = _make(stream, examples, asked or [0])
+            losses = model(**{name: torch.from_numpy(array).to(device) for name, array in example.items()})
+            weights = count_terms(example)
+            if asked:
+                found += Score({term: value.item() for term, value in losses.items()}, weights)
+            else:
+                found += Score(dict.fromkeys(losses, 0.0), dict.fromkeys(weights, 0))
     model.train(was_training)
-    return Score(nats, tokens)
+    return found
 
 
-def num_windows(stream: TokenStream, seq_len: int) -> int:
-    """Return how many windows a stream is cut into; the last one may be short."""
-    return -(-stream.num_tokens // seq_len)
+def num_windows(stream: TokenStream, size: int) -> int:
+    """Return how many windows of `size` tokens a stream is cut into; the last one may be short."""
+    return -(-stream.num_tokens // size)
 
 
-def _window(stream: TokenStream, seq_len: int, first_id: int, number: int | None) -> tuple[Tokens, Tokens]:
-    """Return (inputs, labels), each [seq_len]; labels past the end of the stream are ignored."""
-    inputs, labels = np.full(seq_len, first_id), np.full(seq_len, IGNORED)
-    if number is not None:
-        start = number * seq_len
-        count = min(seq_len, stream.num_tokens - start)
-        labels[:count] = stream.read(start, count)
-        inputs[1:count] = labels[: count - 1]
-        inputs[0] = stream.read(start - 1, 1)[0] if start else first_id
+def _make(stream: TokenStream, examples: Examples, numbers: Sequence[int]) -> "Example":
+    """Return the examples of some windows; a second text comes from half-way round the stream."""
+    size = examples.objective.row_tokens(examples.seq_len)
+    total = num_windows(stream, size)
+    partners = None
+    if examples.objective.partner:
+        partners = _rows(stream, size, [(number + total // 2) % total for number in numbers], documents=True)
+    rows = _rows(stream, size, numbers, examples.numbers_documents)
+    return examples.make(rows, numbers, examples.seq_len, partners)
+
+
+def _rows(stream: TokenStream, size: int, numbers: Sequence[int], documents: bool) -> Rows:
+    """Return windows as the loader returns rows."""
+    inputs, labels = (np.stack(side) for side in zip(*(_window(stream, size, n) for n in numbers), strict=True))
+    numbered = np.cumsum(inputs == stream.end_of_text, axis=1, dtype=np.int32) if documents else None
+    return Rows(inputs, labels, numbered)
+
+
+def _window(stream: TokenStream, size: int, number: int) -> tuple[Tokens, Tokens]:
+    """Return (inputs, labels), each [size]; labels past the end of the stream are ignored."""
+    inputs, labels = np.full(size, stream.end_of_text), np.full(size, IGNORED)
+    start = number * size
+    count = min(size, stream.num_tokens - start)
+    labels[:count] = stream.read(start, count)
+    inputs[1:count] = labels[: count - 1]
+    if start:
+        inputs[0] = stream.read(start - 1, 1)[0]
     return inputs, labels
+
+
+def _add(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
 
 
 def accuracy(predicted: Sequence[int], wanted: Sequence[int]) -> float:

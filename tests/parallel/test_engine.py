@@ -48,3 +48,10 @@ def test_all_contradictions_are_reported_together():
     with pytest.raises(ConfigError) as caught:
         deepspeed_json(settings(train_batch_size=8, bf16={}))
     assert len(caught.value.problems) == 2
+
+
+def test_an_order_in_which_deepspeed_gives_out_wrong_weights_is_refused():
+    with pytest.raises(
+        ConfigError, match="round_robin_gradients: DeepSpeed then gives the weights out in a wrong order"
+    ):
+        deepspeed_json(settings(zero_optimization={"round_robin_gradients": True}))
