@@ -33,6 +33,7 @@ WAYS = {  # name: (how it is called in the table, whether it is one of the frame
     "ours_documents": ("this loader, documents numbered", False),
     "ours_best_fit": ("this loader, best fit", False),
     "gather": ("bare memmap, one copy a batch (limit)", False),
+    "fixed": ("bare memmap, rows of fixed length", False),
     "index": ("bare memmap, indexed by token", False),
     "slices": ("bare memmap, a slice a row (nanoGPT)", False),
     "datasets": ("datasets, numpy", True),

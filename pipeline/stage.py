@@ -72,12 +72,22 @@ class Output:
         self.proofs = Proofs(directory)
 
     @contextmanager
-    def write(self, name: str) -> Iterator[Path]:
-        """Give a path to write a file to; on success the file is durable, named `name` and in the manifest."""
+    def write(self, name: str, known: FileRecord | None = None) -> Iterator[Path]:
+        """Give a path to write a file to; on success the file is durable, named `name` and in the manifest.
+
+        Args:
+            known: What the file will be, of who took its checksum while writing it; else it is read.
+        """
         with atomic(self.directory / name) as temporary:
             yield temporary
             settle(temporary)
-            self._record(name, temporary)
+            if known is None:
+                self._record(name, temporary)
+                return
+            status = temporary.stat()
+            assert status.st_size == known.bytes, f"{name}: {status.st_size} bytes, but {known.bytes} were written"
+            self.proofs.add(name, known.xxh128, status)
+            self.files[name] = known
 
     def add(self, name: str) -> None:
         """Put a file that is already in the directory into the manifest."""
@@ -115,12 +125,14 @@ class Stage(Choice):
         produces: Kind of artifact that it makes.
         ranks: "one" process; any number of them that share "units" of work; or a process "group".
         result: What a person opens of its artifact, relative to its directory; its path ends a job's output.
+        streams: Whether a terminal has shown what `show` yields by the time that the stage ends.
     """
 
     version: ClassVar[int] = 1
     produces: ClassVar[str]
     result: ClassVar[str | None] = None
     ranks: ClassVar[Literal["one", "units", "group"]] = "one"
+    streams: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, ctx: "Context") -> None:
@@ -131,7 +143,12 @@ class Stage(Choice):
         return stats
 
     def check(self, upstream: Mapping[str, "Stage"], run: Run) -> Iterator[tuple[str, str]]:
-        """Yield (setting, problem) for what cannot work; `upstream` has the stage that makes each input, by field."""
+        """Yield (setting, problem) for what cannot work.
+
+        Args:
+            upstream: The stage that makes each input, by field; and where this job makes that input's inputs too, their
+                stages, as "tokens/tokenizer".
+        """
         return iter(())
 
     def disk_bytes(self, input_bytes: int, run: Run) -> int:

@@ -78,6 +78,20 @@ def bare_gather() -> Callable[..., Batches]:
     return batches
 
 
+def bare_fixed() -> Callable[..., Batches]:
+    """Return a memory map of rows of fixed length, which do not overlap."""
+
+    def batches(data: Path, seq_len: int, rows: int) -> Batches:
+        flat = np.memmap(data / "flat.bin", np.uint16, "r")
+        count = len(flat) // (seq_len + 1)
+        table = flat[: count * (seq_len + 1)].reshape(count, seq_len + 1)
+        for chosen in random_rows(count, rows):
+            tokens = table[chosen].astype(np.int64)
+            yield tokens[:, :-1], tokens[:, 1:]
+
+    return batches
+
+
 def bare_index() -> Callable[..., Batches]:
     """Return a memory map indexed by the place of every token."""
 
@@ -308,6 +322,7 @@ def import_megatron() -> tuple[Any, Any, Any]:
 
 OPEN: dict[str, Callable[[], Callable[..., Batches]]] = {
     "gather": bare_gather,
+    "fixed": bare_fixed,
     "index": bare_index,
     "slices": bare_slices,
     "ours": ours("contiguous", documents=False),

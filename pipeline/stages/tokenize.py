@@ -56,7 +56,9 @@ class Tokenize(Stage):
         """Encode this rank's parts."""
         from pipeline.text.encoding import Encoder, PartEncoder
         from pipeline.text.engine import choose_engine
+        from pipeline.text.token_parts import keep_memory
 
+        keep_memory()
         corpus, maker = ctx.inputs["corpus"], ctx.inputs["tokenizer"]
         source = maker.file(TOKENIZER)
         tokenizer = load(source)
@@ -72,7 +74,7 @@ class Tokenize(Stage):
         for unit in ctx.units(corpus.parts(), "parts"):
             files = PartEncoder(encoder, corpus.file(unit.name), directory).run(ctx.should_stop)
             for name, written in files.items():
-                with unit.write(name) as path:
+                with unit.write(name, written.file) as path:
                     (directory / name).replace(path)
                 for total in ("", "held_out.") if name.startswith(HELD) else ("",):
                     unit.stats[f"{total}documents"] += written.documents

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.settings import Settings, decode, encode
 from pipeline.text.arrow import TextBatch, read_texts
 from pipeline.text.corpus import HELD, part_label
 from pipeline.text.engine import Engine
+from pipeline.text.flat import Texts
 from pipeline.text.split import held_out
 from pipeline.text.token_parts import TokenWriter, open_tokens
 from pipeline.text.tokenizers import Tokenizer
@@ -113,7 +115,8 @@ class PartEncoder:
                 if unsaved_bytes >= SAVE_BYTES or time.monotonic() - saved_s >= SAVE_S:
                     self._save()
                     saved_s, unsaved_bytes = time.monotonic(), 0
-            return self._save()
+            self._save()
+        return {name: self._written(name, writer.record) for name, writer in self._writers.items()}
 
     def _go_on(self, files: ExitStack) -> None:
         """Open the files that a run before this one left, as far as its note says, or none."""
@@ -134,7 +137,7 @@ class PartEncoder:
     def _add(self, files: ExitStack, batch: TextBatch) -> int:
         """Encode, write and count a batch, and return the bytes of its text."""
         values, lengths = self._encoder.encode(self._source, batch)
-        hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, batch.texts), np.uint64, len(batch.texts))
+        hashes = _hashes(batch.texts)
         held = held_out(hashes, self._encoder.held_out_fraction)
         rows = (batch.columns["id"], batch.columns["source"], values, lengths, batch.texts.sizes, hashes)
         for name, chosen in zip(self._names, (~held, held), strict=True):
@@ -157,14 +160,20 @@ class PartEncoder:
             self._writers[name] = files.enter_context(writer)
         return self._writers[name]
 
-    def _save(self) -> dict[str, Written]:
+    def _save(self) -> None:
         """Make what was written durable, and leave a note of it."""
-        written = {}
-        for name, writer in self._writers.items():
-            documents, tokens, num_bytes = self._counted[name]
-            written[name] = Written(file=writer.sync(), documents=documents, tokens=tokens, bytes=num_bytes)
+        written = {name: self._written(name, writer.sync()) for name, writer in self._writers.items()}
         write_json(self._note, encode(Note(files=written, tally=self._tally.plain())))
-        return written
+
+    def _written(self, name: str, record: FileRecord) -> Written:
+        documents, tokens, num_bytes = self._counted[name]
+        return Written(file=record, documents=documents, tokens=tokens, bytes=num_bytes)
+
+
+def _hashes(texts: Texts) -> npt.NDArray[np.uint64]:
+    """Return the xxh3_64 of every text."""
+    view, places, digest = texts.data.data, texts.starts.tolist(), xxhash.xxh3_64_intdigest
+    return np.fromiter([digest(view[begin:end]) for begin, end in pairwise(places)], np.uint64, len(texts))
 
 
 def read_tally(directory: Path, vocab_size: int) -> Tally:
@@ -202,7 +211,7 @@ def compare_part(
     for batch in read_texts(source, BATCH_BYTES):
         values, lengths = tokenizer.encode_batch([text.tobytes().decode() for text in batch.texts], end)
         wanted = np.split(values, np.cumsum(lengths)[:-1])
-        hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, batch.texts), np.uint64, len(batch.texts))
+        hashes = _hashes(batch.texts)
         sides = held_out(hashes, held_out_fraction).astype(int).tolist()
         for identity, text, ids, text_hash, side in zip(
             batch.columns["id"].to_pylist(), batch.texts, wanted, hashes.tolist(), sides, strict=True

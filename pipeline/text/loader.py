@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,10 @@ from pipeline.text.stream import Span, Tokens, TokenStream
 
 IGNORED = -100  # a label that has no loss
 
-CHUNK = 1 << 14  # samples whose places are computed at one time: one by one they would cost a hundred times as much
-KEPT_CHUNKS = 8
+CHUNK = 1 << 16  # samples whose places are computed at one time: one by one they would cost a hundred times as much
+KEPT_CHUNKS = 4
+ROWS_AT_ONCE = 64  # that are copied before they become int64: what stays in a cache
+AHEAD_TOKENS = 1 << 17  # of steps that are read at one time, if one follows the other: each by itself costs more
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,8 @@ class Samples:
     row: Tokens
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What a model is fed.
+class Rows(NamedTuple):
+    """What a model is fed; not to be written to, for steps read one after another share their memory.
 
     Attributes:
         inputs: int64 [rows, tokens].
@@ -55,6 +57,15 @@ class Rows:
     inputs: Tokens
     labels: Tokens
     documents: npt.NDArray[np.int32] | None
+
+
+class _Ahead(NamedTuple):
+    """Rows of steps [first, first + len(rows)) as `read` gives them."""
+
+    first: int
+    mine: slice
+    documents: bool
+    rows: list[Rows]
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,7 @@ class Loader:
         self.mixer = make_mixer(order.mixture, dict(zip(self.names, self.sizes, strict=True)), order.seq_len)
         self._check_epochs()
         self._chunk = lru_cache(KEPT_CHUNKS)(self._samples)
+        self._ahead = _Ahead(0, slice(None), True, [])
         # each source is shuffled by a key of its own, else those of one size would go in step
         self._seeds = [xxhash.xxh3_64_intdigest(f"{order.seed}/{name}".encode()) for name in self.names]
 
@@ -111,8 +123,10 @@ class Loader:
 
     def samples(self, step: int) -> Samples:
         """Return the samples of the batch of `step` (from 1)."""
-        first = (step - 1) * self.order.batch_rows
-        stop = first + self.order.batch_rows
+        return self._samples_of(range(step, step + 1))
+
+    def _samples_of(self, steps: range) -> Samples:
+        first, stop = (steps.start - 1) * self.order.batch_rows, (steps.stop - 1) * self.order.batch_rows
         pieces = [
             [array[max(0, first - chunk * CHUNK) : stop - chunk * CHUNK] for array in self._chunk(chunk)]
             for chunk in range(first // CHUNK, -(-stop // CHUNK))
@@ -128,15 +142,33 @@ class Loader:
         Raises:
             ArtifactError: If a part is damaged, or holds an id outside the vocabulary.
         """
+        ahead = self._ahead
+        if (ahead.mine, ahead.documents) != (mine, documents):
+            ahead = _Ahead(step, mine, documents, [])
+        number = step - ahead.first
+        if not 0 <= number < len(ahead.rows):
+            # twice as many as before, if this one follows: so the first are not waited for, nor are single ones
+            steps = 2 * len(ahead.rows) if number == len(ahead.rows) else 1
+            rows = self._read_steps(step, steps, mine, documents)
+            ahead, number = _Ahead(step, mine, documents, rows), 0
+            self._ahead = ahead  # in one go: several threads may read
+        return ahead.rows[number]
+
+    def read_partners(self, step: int, mine: slice = slice(None)) -> Rows:
+        """Return for every row of `read` one from elsewhere in its source, a third to two thirds of it further on.
+
+        Raises:
+            ArtifactError: If a part is damaged, or holds an id outside the vocabulary.
+        """
         samples = self.samples(step)
-        sources, numbers = samples.source[mine], samples.row[mine]
-        if all(isinstance(packer, ContiguousRows) for packer in self.packers):
-            inputs, labels, begins = self._read_whole(sources, numbers, documents)
-        else:
-            inputs, labels, begins = self._read_pieces(sources, numbers)
-        shape = (-1, self.row_length(step))
-        segments = _number(begins).reshape(shape) if documents else None
-        return Rows(inputs.reshape(shape), labels.reshape(shape), segments)
+        sources, numbers = samples.source[mine], samples.row[mine].copy()
+        places = (step - 1) * self.order.batch_rows + np.arange(self.order.batch_rows)[mine]
+        for source in set(sources.tolist()):
+            rows, size = (sources == source).nonzero()[0], self.sizes[source]
+            least = -(-size // 3)
+            further = least + permute(places[rows] % least, least, self._seeds[source], -1)  # no epoch has this number
+            numbers[rows] = (numbers[rows] + further) % size
+        return self._cut(step, self._read(sources, numbers, documents=True))
 
     def spans(self, step: int) -> Iterator[tuple[str, list[Span]]]:
         """Yield for every sample of a step its source and what documents its labels are of."""
@@ -172,16 +204,55 @@ class Loader:
                 rows[now] = permute(counted[begin:end] - epoch * size, size, self._seeds[source], epoch)
         return sources, epochs, rows
 
+    def _read_steps(self, first: int, steps: int, mine: slice, documents: bool) -> list[Rows]:
+        """Return the rows of up to so many steps from `first` on, at least one's: views of what is read at one time."""
+        count = len(range(*mine.indices(self.order.batch_rows)))
+        most = min(self.order.steps - first + 1, AHEAD_TOKENS // max(1, count * self.order.seq_len))
+        steps = max(1, min(steps, most))
+        samples = self._samples_of(range(first, first + steps))
+        sources, numbers = (
+            array.reshape(steps, self.order.batch_rows)[:, mine].ravel() for array in (samples.source, samples.row)
+        )
+        whole, shape = self._read(sources, numbers, documents), (steps, count, self.order.seq_len)
+        numbered = [None] * steps if whole.documents is None else whole.documents.reshape(shape)
+        rows = list(map(Rows, whole.inputs.reshape(shape), whole.labels.reshape(shape), numbered))
+        if self.order.warmup:
+            rows = [self._cut(first + number, one) for number, one in enumerate(rows)]
+        return rows
+
+    def _read(self, sources: Tokens, numbers: Tokens, documents: bool) -> Rows:
+        """Return rows of `seq_len` by their source and number."""
+        if all(isinstance(packer, ContiguousRows) for packer in self.packers):
+            inputs, labels, begins = self._read_whole(sources, numbers, documents)
+        else:
+            inputs, labels, begins = self._read_pieces(sources, numbers)
+        return Rows(inputs, labels, _number(begins) if documents else None)
+
+    def _cut(self, step: int, rows: Rows) -> Rows:
+        """Return rows cut to the length that they have at a step."""
+        length = self.row_length(step)
+        if length == self.order.seq_len:
+            return rows
+        numbered = None if rows.documents is None else rows.documents.reshape(-1, length)
+        return Rows(rows.inputs.reshape(-1, length), rows.labels.reshape(-1, length), numbered)
+
     def _read_whole(
         self, sources: Tokens, numbers: Tokens, documents: bool
     ) -> tuple[Tokens, Tokens, npt.NDArray[np.bool_]]:
         """Return the inputs and labels of rows in one piece, two views of the same, and where a document begins."""
         seq_len = self.order.seq_len
         tokens = np.empty((len(numbers), seq_len + 1), np.int64)
-        begins = np.empty((len(numbers), seq_len), np.bool_)
+        begins = np.empty((len(numbers) if documents else 0, seq_len), np.bool_)
         for source in set(sources.tolist()):
-            rows = np.flatnonzero(sources == source)
-            self.streams[source].gather(numbers[rows] * seq_len - 1, rows, tokens, begins if documents else None)
+            mine = np.flatnonzero(sources == source)
+            for first in range(0, len(mine), ROWS_AT_ONCE):
+                rows: Tokens | slice = mine[first : first + ROWS_AT_ONCE]
+                ids = self.streams[source].gather(numbers[rows] * seq_len - 1, seq_len + 1)
+                if len(mine) == len(numbers):  # numpy writes to a slice faster
+                    rows = slice(first, first + len(ids))
+                tokens[rows] = ids
+                if documents:
+                    begins[rows] = ids[:, :-1] == self.end_of_text
         return tokens[:, :-1], tokens[:, 1:], begins
 
     def _read_pieces(self, sources: Tokens, numbers: Tokens) -> tuple[Tokens, Tokens, npt.NDArray[np.bool_]]:

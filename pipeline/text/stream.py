@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,6 @@ from pipeline.text.token_parts import TokenPart, open_tokens
 
 Tokens = npt.NDArray[np.int64]
 
-FEW_ROWS = 6  # for each part: fewer are copied one by one
 MAX_OPEN_PARTS = 4096  # memory maps at one time; Linux allows a process 65,530 (vm.max_map_count)
 
 
@@ -93,6 +92,38 @@ def _check_numbers(tokens: Artifact, names: Sequence[str]) -> None:
         raise ArtifactError(f"{tokens.place}: its manifest has no sensible {', '.join(bad)}; tokenize again")
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where the record batches of some parts lie.
+
+    Attributes:
+        parts: By their number, in order.
+        starts, stops: First token of each batch within the stream, and the one after its last.
+        moves: What to add to a token's place in the stream to get its place in its part's file.
+        views: The file of each batch.
+    """
+
+    parts: dict[int, TokenPart]
+    starts: Tokens
+    stops: Tokens
+    moves: Tokens
+    views: list[memoryview]
+
+    @classmethod
+    def of(cls, parts: dict[int, TokenPart], begins: Sequence[int]) -> Self:
+        """Look the batches of parts up; `begins` has the first token of every part."""
+        if not parts:
+            empty = np.zeros(0, np.int64)
+            return cls(parts, empty, empty, empty, [])
+        return cls(
+            parts,
+            np.concatenate([part.starts[:-1] + begins[number] for number, part in parts.items()]),
+            np.concatenate([part.starts[1:] + begins[number] for number, part in parts.items()]),
+            np.concatenate([part.places - part.starts[:-1] - begins[number] for number, part in parts.items()]),
+            [view for part in parts.values() for view in [part.flat.data] * part.num_batches],
+        )
+
+
 class TokenStream:
     """The parts of one tokens artifact, one behind another; each is opened when it is first read.
 
@@ -127,6 +158,7 @@ class TokenStream:
         self.num_tokens = int(self.begins[-1])
         self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self._parts: dict[int, TokenPart] = {}
+        self._known = _Places.of({}, self.begins)
 
     def read(self, start: int, length: int) -> Tokens:
         """Return tokens [start, start + length) of the stream; the one before the first is the end of a text.
@@ -147,63 +179,42 @@ class TokenStream:
             filled = stop - start
         return out
 
-    def gather(self, starts: Tokens, rows: Tokens, out: Tokens, begins: npt.NDArray[np.bool_] | None) -> None:
-        """Copy tokens [starts[i], starts[i] + out.shape[1]) into row rows[i] of `out`.
-
-        Args:
-            begins: If given, is told in the same rows at which tokens but the last the end-of-text id stands.
+    def gather(self, starts: Tokens, length: int) -> npt.NDArray[Any]:
+        """Return tokens [start, start + length) for each of the starts, as they are stored; [starts, length].
 
         Raises:
             ArtifactError: If one of the ids is outside the vocabulary, or a part is damaged.
         """
         numbers = self._begins.searchsorted(starts, side="right") - 1
-        parts = set(numbers.tolist())
-        if len(starts) < FEW_ROWS * len(parts):
-            self._copy_few(numbers, starts, rows, out)
-            if begins is not None:
-                begins[rows] = out[rows, :-1] == self.end_of_text
-            return
-        for number in parts:
-            mine = (numbers == number).nonzero()[0]
-            ids = self._gather(number, starts[mine], out.shape[1])
-            out[rows[mine]] = ids
-            if begins is not None:
-                begins[rows[mine]] = ids[:, :-1] == self.end_of_text
-
-    def _copy_few(self, numbers: Tokens, starts: Tokens, rows: Tokens, out: Tokens) -> None:
-        """Copy rows that begin in the parts `numbers`, one by one."""
-        length = out.shape[1]
-        for row, number, start in zip(rows.tolist(), numbers.tolist(), starts.tolist(), strict=True):
-            if number >= 0:
-                part, local = self._part(number), start - self.begins[number]
-                batch = part.starts.searchsorted(local, side="right") - 1
-                if local + length <= part.starts[batch + 1]:
-                    place = part.places[batch] + local - part.starts[batch]
-                    out[row] = part.flat[place : place + length]
-                    continue
-            out[row] = self.read(start, length)
-        largest = out[rows].max(axis=1)
-        for number in numbers[largest >= self.vocab_size].tolist():
-            self._checked(max(number, 0), largest)
-
-    def _gather(self, number: int, starts: Tokens, length: int) -> npt.NDArray[Any]:
-        """Return rows of ids that begin in one part: numpy copies all of them in one call."""
-        if number < 0:  # begins before the first token
-            return self.read(-1, length)[None]
-        part = self._part(number)
-        local = starts - self.begins[number]
-        batches = part.starts.searchsorted(local, side="right") - 1
-        inside = local + length <= part.starts[batches + 1]
-        if not inside.any():
-            return np.stack([self.read(start, length) for start in starts.tolist()])
-        places = local + (part.places - part.starts[:-1])[batches]
-        places[~inside] = places[inside.argmax()]  # any that can be copied; these rows come below
-        flat, size = part.flat, part.flat.itemsize
-        windows: npt.NDArray[Any] = np.ndarray((len(flat) - length + 1, length), flat.dtype, flat, 0, (size, size))
-        ids = self._checked(number, windows[places])
-        for row in (~inside).nonzero()[0].tolist():  # goes on in the next batch or part
-            ids[row] = self.read(int(starts[row]), length)
+        places = self._places(set(numbers.clip(0).tolist()))
+        batches = places.starts.searchsorted(starts, side="right") - 1
+        firsts = starts + places.moves[batches]
+        pieces: list[Any] = [
+            view[first:last]
+            for view, first, last in zip(
+                map(places.views.__getitem__, batches.tolist()),
+                firsts.tolist(),
+                (firsts + length).tolist(),
+                strict=True,
+            )
+        ]
+        for row in ((starts < 0) | (starts + length > places.stops[batches])).nonzero()[0].tolist():
+            pieces[row] = self.read(int(starts[row]), length).astype(self.dtype)  # goes on in another batch or part
+        ids = np.frombuffer(b"".join(pieces), self.dtype).reshape(len(starts), length)
+        if len(ids) and ids.max() >= self.vocab_size:
+            for number, tokens in zip(numbers.tolist(), ids, strict=True):
+                self._checked(max(number, 0), tokens)
         return ids
+
+    def _places(self, needed: set[int]) -> "_Places":
+        """Return where the batches lie of some parts, and of others that are known already."""
+        places = self._known
+        if not places.parts.keys() >= needed:
+            parts = {number: self._part(number) for number in needed}
+            if len(places.parts) + len(parts) <= MAX_OPEN_PARTS:
+                parts = {**places.parts, **parts}
+            places = self._known = _Places.of({number: parts[number] for number in sorted(parts)}, self.begins)
+        return places
 
     def part_of(self, token: int) -> int:
         """Return the number of the part that a token lies in."""

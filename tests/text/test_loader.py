@@ -148,14 +148,24 @@ def test_rows_that_go_over_batches_and_parts_are_read_whole(tmp_path):
 
 def test_few_rows_and_many_are_read_alike(streams, monkeypatch):
     batches = {}
-    for few in (1, 10**6):
-        monkeypatch.setattr(stream_module, "FEW_ROWS", few)
+    for rows in (1, 10**6):
+        monkeypatch.setattr(loader_module, "ROWS_AT_ONCE", rows)
         loader = Loader(streams, order_of(batch_rows=64))
-        batches[few] = [loader.read(step) for step in range(1, 12)]
+        batches[rows] = [loader.read(step) for step in range(1, 12)]
     for one, other in zip(*batches.values(), strict=True):
         assert (one.inputs == other.inputs).all()
         assert (one.labels == other.labels).all()
         assert (one.documents == other.documents).all()
+
+
+def test_rows_of_any_place_are_gathered(streams):
+    stream = streams["web"]
+    whole = np.concatenate([[END], stream.read(0, stream.num_tokens)])
+    starts = np.arange(-1, stream.num_tokens - SEQ_LEN + 1)  # over every border of batches and parts
+    ids = stream.gather(starts[::-1], SEQ_LEN)
+    assert ids.dtype == np.uint16
+    assert (ids[::-1] == np.lib.stride_tricks.sliding_window_view(whole, SEQ_LEN)).all()
+    assert stream.gather(starts[:0], SEQ_LEN).shape == (0, SEQ_LEN)
 
 
 def test_documents_need_not_be_numbered(streams):
@@ -199,6 +209,44 @@ def test_steps_may_be_asked_for_in_any_order(streams, monkeypatch):
     backward = Loader(streams, order_of())
     for step in (57, 3, 2, 1, 58, 30, 31, 3):
         assert backward.samples(step).row.tolist() == expected[step]
+
+
+AHEAD_STEPS = [*range(1, 40), 7, 8, 9, 9, 57, *range(30, 61), *range(95, 101), 3]
+
+
+@pytest.mark.parametrize("ahead", [1, 3 * 8 * SEQ_LEN, 10**6], ids=["none", "three", "all"])
+@pytest.mark.parametrize("packing", PACKINGS, ids=by_kind)
+def test_a_step_is_the_same_however_many_are_read_with_it(streams, packing, ahead, monkeypatch):
+    warmup = [WarmUp(tokens=20 * 8 * SEQ_LEN, seq_len=4)]
+    expected = {s: Loader(streams, order_of(packing, warmup=warmup)).read(s) for s in set(AHEAD_STEPS)}
+    monkeypatch.setattr(loader_module, "AHEAD_TOKENS", ahead)
+    loader = Loader(streams, order_of(packing, warmup=warmup))
+    for number, step in enumerate(AHEAD_STEPS):
+        documents, mine = number % 10 != 9, slice(2, 7) if 20 < number < 30 else slice(None)
+        found = loader.read(step, mine, documents)
+        cut = loader.order.seq_len // loader.row_length(step)
+        rows = slice((mine.start or 0) * cut, None if mine.stop is None else mine.stop * cut)
+        assert (found.inputs == expected[step].inputs[rows]).all()
+        assert (found.labels == expected[step].labels[rows]).all()
+        assert (found.documents == expected[step].documents[rows]).all() if documents else found.documents is None
+
+
+def test_what_is_read_ahead_is_little_at_first_and_bounded(streams, monkeypatch):
+    monkeypatch.setattr(loader_module, "AHEAD_TOKENS", 5 * 8 * SEQ_LEN)
+    loader, read = Loader(streams, order_of(steps=24)), []
+    read_whole = loader._read_whole
+
+    def counted(sources, numbers, documents):
+        read.append(len(numbers) // 8)
+        return read_whole(sources, numbers, documents)
+
+    monkeypatch.setattr(loader, "_read_whole", counted)
+    for step in range(1, 25):
+        loader.read(step)
+    assert read == [1, 2, 4, 5, 5, 5, 2]  # and nothing behind the last step
+    for step in (9, 20, 5):
+        loader.read(step)
+    assert read[7:] == [1, 1, 1]  # what does not follow is read alone
 
 
 def test_every_epoch_of_every_source_has_each_row_once(streams):
