@@ -183,9 +183,8 @@ class Artifact:
                 return
             self.proofs.withdraw(name)
             if self.url is None:
-                raise ArtifactError(
-                    f"{path}: damaged: wanted {wanted.bytes} bytes with xxh128 {wanted.xxh128}, found {size} "
-                    f"with {xxh128}; delete {self.path} and run the task that made it again"
+                raise _damage(
+                    path, f"wanted {wanted.bytes} bytes with xxh128 {wanted.xxh128}, found {size} with {xxh128}"
                 )
         from pipeline.remote import fetch
 
@@ -210,6 +209,7 @@ def open_artifact(path: Path, *kinds: str, where: str = "", whole: bool = True) 
         if (path / WORK).is_dir():
             raise ArtifactError(f"{place}: has no {MANIFEST}, so it is unfinished; run the task that makes it")
         hint = "; stage=import_tokenizer makes one of a file" if "tokenizer" in kinds else ""
+        hint += ", or a config.json of Hugging Face's with a model_type" if "model" in kinds else ""
         raise ArtifactError(f"{place}: has no {MANIFEST}, so it is not an artifact; wanted {_a_kind(kinds)}{hint}")
     artifact = Artifact(path, read_manifest(path), _read_origin(path))
     if kinds and artifact.manifest.kind not in kinds:
@@ -230,10 +230,14 @@ def _check_sizes(artifact: Artifact) -> None:
             size = None
         if size != record.bytes:
             found = "no such file" if size is None else f"{size}"
-            raise ArtifactError(
-                f"{artifact.path / name}: damaged: wanted {record.bytes} bytes, found {found}; "
-                f"delete {artifact.path} and run the task that made it again"
-            )
+            raise _damage(artifact.path / name, f"wanted {record.bytes} bytes, found {found}")
+
+
+def _damage(path: Path, problem: str) -> ArtifactError:
+    """Return the error of a file of an artifact that is not what it was; a link leads to a file that others made."""
+    if path.is_symlink():
+        return ArtifactError(f"{path.readlink()}: changed since it was planned with: {problem}; run it again")
+    return ArtifactError(f"{path}: damaged: {problem}; delete {path.parent} and run the task that made it again")
 
 
 def _read_origin(path: Path) -> str | None:

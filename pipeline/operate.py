@@ -11,11 +11,12 @@ from rich.table import Table
 from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.plan import Command, Task
-from pipeline.progress import clock
+from pipeline.progress import clock, terminal_width
 from pipeline.remote import is_url, open_anywhere
 from pipeline.settings import nearest
 from pipeline.stage import Stage
 from pipeline.stages import AnyStage
+from pipeline.stages.imported import open_input
 
 
 def find_artifact(name: str, root: Path, *kinds: str, whole: bool = True) -> Artifact:
@@ -29,7 +30,7 @@ def find_artifact(name: str, root: Path, *kinds: str, whole: bool = True) -> Art
     """
     job, _, task = name.rpartition(".")
     if is_url(name) or Path(name).exists() or not job or "/" in name:
-        return open_anywhere(name, root, *kinds, whole=whole)
+        return open_input(name, root, *kinds, whole=whole)
     for directory, wanted, noun in ((root / "jobs", job, "job"), (root / "jobs" / job, task, "task")):
         known = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
         if wanted not in known:
@@ -114,7 +115,8 @@ def print_end(tasks: list[Task], ran: list[str], command: Command, job: str | No
     if not ran:
         _print("nothing to run: all was made before (run.* and tracker say how, not what; a changed setting reruns)")
     if job is None and tasks[0].done is not None:
-        for line in tasks[0].stage.show(tasks[0].done):
+        seen = bool(ran) and tasks[0].stage.streams and terminal_width() is not None
+        for line in () if seen else tasks[0].stage.show(tasks[0].done):
             _print(line)
         results = results or [(tasks[0].name, tasks[0].done.path)]
     for name, path in results:

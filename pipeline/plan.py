@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -14,10 +14,11 @@ from pipeline.artifact import MANIFEST, WORK, Artifact, open_artifact, read_mani
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.launch import AnyRun
 from pipeline.launch.local import Local
-from pipeline.remote import is_url, open_anywhere
+from pipeline.remote import is_url
 from pipeline.settings import Input, Settings, Source, decode, encode, fingerprint, marked, nearest
 from pipeline.stage import Stage, TaskName
 from pipeline.stages import AnyStage
+from pipeline.stages.imported import Imported, open_input
 from pipeline.text.sources import identify
 from pipeline.track import AnyTracker, Jsonl, TensorBoard
 
@@ -43,7 +44,7 @@ class Command(Settings):
 class StageHolder(Settings):
     """Decodes the stage settings in a manifest."""
 
-    stage: AnyStage
+    stage: Annotated[AnyStage | Imported, Field(discriminator="kind")]
 
 
 @dataclass
@@ -142,7 +143,7 @@ def _order(tasks: Mapping[str, Task]) -> list[Task]:
 def _open_outside(task: Task, root: Path) -> dict[str, Artifact]:
     kinds = {name: mark.kinds for name, mark, _ in marked(task.stage, Input)}
     return {
-        name: open_anywhere(place, root, *kinds[name], where=f"{task.where}.{name}")
+        name: open_input(place, root, *kinds[name], where=f"{task.where}.{name}")
         for name, place in task.outside.items()
     }
 
@@ -153,7 +154,10 @@ def _check(
     """Let every stage look for what cannot work, given the settings of what makes its inputs."""
     problems = []
     for task in ordered:
-        upstream: dict[str, Stage] = {name: tasks[other].stage for name, other in task.needs.items()}
+        upstream: dict[str, Stage] = {}
+        for name, other in task.needs.items():
+            upstream[name] = tasks[other].stage
+            upstream |= {f"{name}/{inner}": tasks[one].stage for inner, one in tasks[other].needs.items()}
         for name, artifact in outside[task.name].items():
             upstream[name] = stage_of(artifact)
         problems += [f"{task.where}.{name}: {problem}" for name, problem in task.stage.check(upstream, command.run)]

@@ -62,23 +62,24 @@ def _step(text: str, steps: int) -> int:
 
 
 def _open_run(name: str, root: Path) -> tuple[Pretrain, dict[str, Artifact]]:
-    """Return the settings of a pretraining and its tokens by source."""
+    """Return the settings of a pretraining and its tokens by source; its order depends on no other input."""
     task = Path(name) / WORK / "task.json"
-    stage: Stage
     if task.is_file() and not (Path(name) / MANIFEST).is_file():  # not finished: where a spike is looked into
         frozen = read_task(task)
-        stage, place = frozen.stage, name
-        inputs = {field: open_artifact(Path(path)) for field, path in frozen.inputs.items()}
-        missing: list[str] = []
-    else:
-        model = find_artifact(name, root, whole=False)
-        stage, place = stage_of(model), str(model.place)
-        inputs, missing = inputs_of(model, root)
+        stage = _pretraining(frozen.stage, name)
+        return stage, {source: open_artifact(Path(frozen.inputs[field])) for source, field in stage.sources.items()}
+    model = find_artifact(name, root, whole=False)
+    stage = _pretraining(stage_of(model), model.place)
+    inputs, missing = inputs_of(model, root, stage.sources.values())
+    if missing:
+        raise ArtifactError(f"{model.place}: {missing[0]}, so its order cannot be made again")
+    return stage, {source: inputs[field] for source, field in stage.sources.items()}
+
+
+def _pretraining(stage: Stage, place: str) -> Pretrain:
     if not isinstance(stage, Pretrain):
         raise ArtifactError(f"{place}: wanted a run of pretraining, found one of '{stage.kind}'")
-    if missing:
-        raise ArtifactError(f"{place}: {missing[0]}, so its order cannot be made again")
-    return stage, {source: inputs[field] for source, field in stage.sources.items()}
+    return stage
 
 
 def _print_documents(loader: "Loader", step: int) -> None:

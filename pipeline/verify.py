@@ -7,7 +7,7 @@ plain way. What is wrong is said a line each, all of it.
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from pipeline.artifact import Artifact
@@ -72,10 +72,18 @@ def _verify_one(artifact: Artifact, root: Path) -> list[str]:
     return problems
 
 
-def inputs_of(artifact: Artifact, root: Path) -> tuple[dict[str, Artifact], list[str]]:
-    """Return the inputs that an artifact was made of, and a line for each that is not there any more."""
+def inputs_of(
+    artifact: Artifact, root: Path, names: Collection[str] | None = None
+) -> tuple[dict[str, Artifact], list[str]]:
+    """Return the inputs that an artifact was made of, and a line for each that is not there any more.
+
+    Args:
+        names: The settings that name those that are wanted; null wants all.
+    """
     inputs, missing = {}, []
     for name, record in artifact.manifest.inputs.items():
+        if names is not None and name not in names:
+            continue
         if is_url(record.path) or artifact.url is None:
             place = record.path if is_url(record.path) else os.path.normpath(artifact.path.resolve() / record.path)
         else:

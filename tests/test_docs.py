@@ -18,8 +18,8 @@ from pipeline.settings import decode
 from pipeline.stages.pretrain import Pretrain
 
 README = (PROJECT / "README.md").read_text()
-DATA = (PROJECT / "docs/data.md").read_text()
-LINES = re.findall(r"^\$ (.+?)(?:\s+#.*)?$", README + DATA, re.MULTILINE)
+DOCS = "".join(path.read_text() for path in sorted((PROJECT / "docs").glob("*.md")))
+LINES = re.findall(r"^\$ (.+?)(?:\s+#.*)?$", README + DOCS, re.MULTILINE)
 PIPELINE = [line for line in LINES if line.startswith("python -m pipeline")]
 
 
@@ -57,13 +57,13 @@ def test_the_job_of_the_readme_plans(tmp_path):
     assert "norm: layernorm" in done.stdout
 
 
-@pytest.mark.parametrize("block", re.findall(r"```yaml pretrain\n(.+?)```", DATA, re.DOTALL))
+@pytest.mark.parametrize("block", re.findall(r"```yaml pretrain\n(.+?)```", DOCS, re.DOTALL))
 def test_the_settings_of_pretraining_decode(block):
     stage = decode(Pretrain, {"kind": "pretrain", "steps": 1, **plain(block)})
     assert list(stage.check({}, Local())) == []
 
 
-@pytest.mark.parametrize("block", re.findall(r"```yaml tasks\n(.+?)```", DATA, re.DOTALL))
+@pytest.mark.parametrize("block", re.findall(r"```yaml tasks\n(.+?)```", DOCS, re.DOTALL))
 def test_the_tasks_of_the_documents_decode(block):
     for name, settings in plain(block).items():
         assert decode(StageHolder, {"stage": settings}, where=name).stage.kind == settings["kind"]
@@ -81,7 +81,7 @@ def test_every_make_target_exists(line):
     assert re.search(rf"^{target}:", (PROJECT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/data.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/data.md", "docs/models.md"])
 def test_every_path_exists(name):
     text = (PROJECT / name).read_text()
     for path in re.findall(r"`((?:pipeline|conf|jobs|tests)/[\w./]+)`", text):

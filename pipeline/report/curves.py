@@ -7,10 +7,9 @@ from typing import Literal
 
 from pipeline.report.charts import Curve, Level, line_chart
 from pipeline.report.entries import Entry, is_number
-from pipeline.report.markup import Html, el
+from pipeline.report.groups import LOAD, SMOOTHED_FROM, draw, expert_loads, find_groups, has_helpers
+from pipeline.report.markup import Html, el, join
 from pipeline.report.scales import Point, smooth
-
-SMOOTHED_FROM = 40  # points; fewer are few enough to be read one by one
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ MEASURES = {
     "validation_bits_per_byte": Measure("Bits per byte", "of held-out text"),
 }
 OTHER = Measure("")
-BASELINE = "baseline"
+ALONE, BASELINE = "", "baseline"
 LOSSES = ("loss", "validation_loss", "valid_loss")  # drawn in one chart
 
 Runs = dict[str, dict[str, list[Point]]]  # points by run ("" alone, or "finetune", "baseline") and measure
@@ -49,11 +48,16 @@ def curves(entry: Entry) -> Html | None:
     names = dict.fromkeys(name for run in runs.values() for name in run)
     if not names:
         return None
+    grouped = find_groups(runs[ALONE]) if ALONE in runs else []
+    taken = {*LOSSES, *(name for group in grouped for name in group.names)}
     first = [_loss_chart(entry, runs)] if set(LOSSES) & set(names) else []
-    known = [name for name in MEASURES if name in names and name not in LOSSES]
-    others = [name for name in names if name not in MEASURES and name not in LOSSES]
+    groups = [draw(group, runs[ALONE], tokens_per_step(entry), _span(runs)) for group in grouped]
+    known = [name for name in MEASURES if name in names and name not in taken]
+    others = [name for name in names if name not in MEASURES and name not in taken and not name.startswith(LOAD)]
     drawn = [_chart(entry, runs, name) for name in [*known, *others] if _is_curve(runs, name)]
-    return el("div", first, drawn, class_="charts")
+    charts = el("div", first, groups, drawn, class_="charts")
+    loads = expert_loads(runs.get(ALONE, {}))
+    return charts if loads is None else join([charts, loads])
 
 
 def read_runs(rows: Sequence[dict[str, float]]) -> Runs:
@@ -89,7 +93,7 @@ def _loss_chart(entry: Entry, runs: Runs) -> Html:
     alone = len(runs) == 1
     for colour, (run, measures) in enumerate(_ordered(runs), 1):
         drawn += _curve(run, "loss", measures.get("loss", []), colour)
-        for name in LOSSES[1:]:
+        for name in () if has_helpers(measures) else LOSSES[1:]:
             if name in measures:
                 label = f"{run} validation" if run else "validation"
                 drawn.append(Curve(label, measures[name], 2 if alone else colour, "dots"))
@@ -111,7 +115,14 @@ def _chart(entry: Entry, runs: Runs, name: str) -> Html:
     ]
     clip = entry.settings.get("clip_norm") if name == "grad_norm" else None
     level = Level(clip, f"clipped to {clip:g}") if clip else None
-    return line_chart(measure.title, measure.unit, drawn, measure.from_zero, level, tokens_per_step(entry), _span(runs))
+    unit = _schedule(entry) if name == "lr" else measure.unit
+    return line_chart(measure.title, unit, drawn, measure.from_zero, level, tokens_per_step(entry), _span(runs))
+
+
+def _schedule(entry: Entry) -> str:
+    """Return the name of the schedule that the rates of all steps draw."""
+    kind = entry.settings.get("schedule", {}).get("kind")
+    return f"{kind.replace('_', ' ')} schedule" if kind else ""
 
 
 def _curve(run: str, name: str, points: Sequence[Point], colour: int) -> list[Curve]:

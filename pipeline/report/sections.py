@@ -55,9 +55,9 @@ def comparison(entries: Sequence[Entry]) -> Html | None:
 
 
 def evaluation(entries: Sequence[Entry]) -> Html | None:
-    """Show loss, perplexity, and bits per byte beside those of a byte-unigram model."""
-    scored = [entry for entry in entries if "bits_per_byte" in entry.numbers]
-    drawn = [el("div", _subtitle(entry, scored), _bits(entry), class_="block") for entry in scored]
+    """Show loss, perplexity, and bits per byte beside those of a byte-unigram model, or the loss by its terms."""
+    scored = [entry for entry in entries if entry.numbers.keys() >= {"loss", "perplexity"}]
+    drawn = [el("div", _subtitle(entry, scored), _evaluated(entry), class_="block") for entry in scored]
     return join(drawn) if drawn else None
 
 
@@ -132,33 +132,60 @@ def _examples(entry: Entry, split: str) -> Html | None:
     return el("small", plural(int(examples), "example")) if examples else None
 
 
-def _bits(entry: Entry) -> Html:
-    numbers = entry.numbers
-    bits, unigram = numbers["bits_per_byte"], numbers.get("byte_unigram_bits_per_byte")
-    rows = [Bar(entry.name, bits, f"{bits:.3f}")]
-    if unigram is not None:
-        rows = [Bar("this model", bits, f"{bits:.3f}"), Bar("byte unigram", unigram, f"{unigram:.3f}", 6)]
+def _evaluated(entry: Entry) -> Html:
+    """Show what an evaluation found: a chart, and the numbers beside it."""
+    heading, rows = _bits(entry) if "bits_per_byte" in entry.numbers else _losses(entry)
     highest = max(row.value for row in rows)
-    chart = el("div", el("h4", "Bits per byte of held-out text"), bars(rows, full=highest))
-    facts = [("loss", "nats per token"), ("perplexity", "per token"), ("tokens", "held out"), ("documents", "held out")]
+    chart = el("div", el("h4", heading), bars(rows, full=highest or 1.0))
+    facts = [
+        ("loss", "nats"),
+        ("perplexity", "per token"),
+        ("tokens", "held out"),
+        ("predicted", "tokens"),
+        ("documents", "held out"),
+    ]
     cells = (
-        el("div", el("dt", name), el("dd", el("b", number(numbers[name])), " ", el("small", unit)))
+        el("div", el("dt", name), el("dd", el("b", number(entry.numbers[name])), " ", el("small", unit)))
         for name, unit in facts
-        if name in numbers
+        if name in entry.numbers and not (name == "predicted" and "bits_per_byte" in entry.numbers)
     )
     return el("div", chart, el("dl", cells, class_="facts"), class_="grid")
 
 
+def _bits(entry: Entry) -> tuple[str, list[Bar]]:
+    """Return the bits per byte of a model, beside those of one that knows byte counts only."""
+    bits, unigram = entry.numbers["bits_per_byte"], entry.numbers.get("byte_unigram_bits_per_byte")
+    rows = [Bar(entry.name, bits, f"{bits:.3f}")]
+    if unigram is not None:
+        rows = [Bar("this model", bits, f"{bits:.3f}"), Bar("byte unigram", unigram, f"{unigram:.3f}", 6)]
+    return "Bits per byte of held-out text", rows
+
+
+def _losses(entry: Entry) -> tuple[str, list[Bar]]:
+    """Return the loss of a model under its objective, by term if it has several."""
+    terms = {name.removeprefix("loss."): n for name, n in entry.numbers.items() if name.startswith("loss.")}
+    named = terms or {str(entry.artifact.stats.get("objective", entry.name)): entry.numbers["loss"]}
+    rows = [Bar(name.replace("_", " "), value, f"{value:.3f}") for name, value in named.items()]
+    return "Loss on held-out text, nats", rows
+
+
 def _sample(row: Any) -> Html:
     prompt = el("span", shown(str(row.get("prompt", ""))), class_="prompt")
-    return el("blockquote", prompt, shown(str(row.get("continuation", ""))), dir="auto")
+    made = str(row.get("continuation", ""))
+    if row.get("answer"):
+        made = f" → {made}"
+    for candidates in row.get("masks", ()):
+        made += "\n" + ", ".join(f"{c['token'].strip()} {percent(c['probability'])}" for c in candidates)
+    return el("blockquote", prompt, shown(made), dir="auto")
 
 
 def _how_sampled(entry: Entry) -> Html:
-    names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
-    told = [
-        f"{name.replace('_', ' ')} {entry.settings[name]}" for name in names if entry.settings.get(name) is not None
-    ]
-    return el(
-        "p", f"Prompts are marked. Sampled with {', '.join(told)}." if told else "Prompts are marked.", class_="quiet"
-    )
+    decoding = entry.settings.get("decoding", {})
+    kind = str(decoding.get("kind", "sample")).replace("_", " ")
+    settings = {name: value for name, value in decoding.items() if name != "kind"}
+    if kind == "sample":
+        settings["seed"] = entry.settings.get("seed")
+    if kind != "fill mask":
+        settings["max_new_tokens"] = entry.settings.get("max_new_tokens")
+    told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value is not None)
+    return el("p", f"Prompts are marked. Decoding: {kind}{', ' if told else ''}{told}.", class_="quiet")

@@ -5,17 +5,20 @@ from collections.abc import Sequence
 from pipeline.report.entries import Entry, is_corpus
 from pipeline.report.numerals import amount, duration, plural
 
+MOST_MODELS = 3  # that have a tile
 Tile = tuple[str, str, str]  # what is counted, how much it is, and what to compare it with
 
 
 def sentence(entries: Sequence[Entry]) -> str:
     """Return what came out of the tasks, as far as there is something of each kind."""
     trained, documents = _trained(entries), _documents(entries)
+    models = _models(entries)
+    if len(models) > 1:
+        return "; ".join(f"{model.name}: {_learned(model)}" + _outcome(model) for model in models) + "."
     results = [text for text in (_bits(entries), _accuracy(entries)) if text]
     if trained:
-        seen = amount(trained.numbers["tokens"])
-        learned = f"{amount(trained.numbers['parameters'])} parameters learned {seen} tokens"
-        return f"{learned}: {'; '.join(results)}." if results else f"{learned}."
+        told = f": {'; '.join(results)}" if results else _outcome(trained)
+        return f"{_learned(trained)}{told}."
     if results:
         text = "; ".join(results)
         return f"{text[0].upper()}{text[1:]}."
@@ -36,9 +39,11 @@ def tiles(entries: Sequence[Entry]) -> list[Tile]:
         vocabulary = _first(_led_to(entries), "vocab_size")
         note = f"vocabulary {vocabulary.numbers['vocab_size']:,.0f}" if vocabulary else ""
         found.append(("tokens", amount(tokens), note))
-    if trained := _trained(entries):
-        steps = trained.numbers.get("steps")
-        found.append(("parameters", amount(trained.numbers["parameters"]), f"{steps:,.0f} steps" if steps else ""))
+    models = _models(entries)
+    for model in models[:MOST_MODELS]:
+        steps = model.numbers.get("steps")
+        label = f"parameters of {model.name}" if len(models) > 1 else "parameters"
+        found.append((label, amount(model.numbers["parameters"]), f"{steps:,.0f} steps" if steps else ""))
     if scored := _scored(entries):
         unigram = scored.numbers.get("byte_unigram_bits_per_byte")
         note = f"byte unigram {unigram:.2f}" if unigram is not None else "held-out text"
@@ -74,8 +79,23 @@ def _led_to(entries: Sequence[Entry]) -> Sequence[Entry]:
     return [entry for entry in entries if entry.fingerprint in found]
 
 
+def _models(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the language models that were trained."""
+    wanted = {"parameters", "tokens"}
+    return [e for e in entries if e.artifact.manifest.kind == "model" and e.numbers.keys() >= wanted]
+
+
 def _trained(entries: Sequence[Entry]) -> Entry | None:
-    return _first(entries, "parameters", "tokens", kind="model")
+    return next(iter(_models(entries)), None)
+
+
+def _learned(model: Entry) -> str:
+    return f"{amount(model.numbers['parameters'])} parameters learned {amount(model.numbers['tokens'])} tokens"
+
+
+def _outcome(model: Entry) -> str:
+    """Return the result of a training in its own words, with a comma before it."""
+    return f", {model.result}" if model.result else ""
 
 
 def _scored(entries: Sequence[Entry]) -> Entry | None:

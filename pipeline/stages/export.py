@@ -6,22 +6,24 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from pipeline.errors import ArtifactError
-from pipeline.models.config import unexportable
+from pipeline.models.hf.classes import unexportable
 from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats
 from pipeline.stages.finetune import refuse_classifier
-from pipeline.stages.pretrain import Pretrain, load_language_model
+from pipeline.stages.loading import load_language_model, planned_model
 from pipeline.text.tokenizers import TOKENIZER
 
 
 class Export(Stage):
-    """Writes what `transformers.AutoModelForCausalLM.from_pretrained` loads, and compares its logits with ours.
+    """Writes what transformers' `from_pretrained` loads, and compares its logits with ours.
+
+    Heads that predict further tokens are for training alone, and are left out.
 
     Attributes:
         max_logit_difference: Largest difference in fp32 that passes.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     produces: ClassVar[str] = "export"
     result: ClassVar[str | None] = ""
 
@@ -31,9 +33,9 @@ class Export(Stage):
 
     def check(self, upstream: Mapping[str, Stage], run: Run) -> Iterator[tuple[str, str]]:
         """Refuse models that no layout of transformers can express."""
-        made_by = upstream["model"]
         yield from refuse_classifier(upstream)
-        if isinstance(made_by, Pretrain) and (reason := unexportable(made_by.model)):
+        model = planned_model(upstream["model"])
+        if model is not None and (reason := unexportable(model)):
             yield "model", reason
 
     @classmethod
@@ -46,10 +48,12 @@ class Export(Stage):
         """Write the files, load them with transformers, and compare."""
         import torch
 
-        from pipeline.models.hf import export_hf
+        from pipeline.models.hf.export import export_hf
 
         source = ctx.inputs["model"]
         model = load_language_model(source)
+        if ahead := getattr(model.config, "predict_ahead", 0):
+            ctx.log(f"the {ahead} heads that predict further tokens are left out: no layout has them")
         with ctx.scratch() as scratch:
             end_of_text = source.stats["end_of_text_id"]
             shape, chance = (4, min(64, model.config.max_seq_len)), torch.Generator().manual_seed(0)

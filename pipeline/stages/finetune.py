@@ -10,7 +10,8 @@ from pipeline.errors import ArtifactError, ConfigError
 from pipeline.parallel.engine import Precision
 from pipeline.settings import Input, Source
 from pipeline.stage import CHECKPOINTS, Context, Run, Stage, Stats
-from pipeline.stages.pretrain import Pretrain, check_engine, load_language_model
+from pipeline.stages.loading import load_language_model, planned_model
+from pipeline.stages.pretrain import check_engine
 from pipeline.text.tokenizers import TOKENIZER
 from pipeline.training.optim import AdamW, AnyOptimizer
 from pipeline.training.schedule import AnySchedule, Cosine
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.artifact import Artifact
-    from pipeline.models.transformer import Classifier
+    from pipeline.models.classifier import Classifier
     from pipeline.parallel.mesh import BatchShape, DataParallelUnit
     from pipeline.training.loop import Batch, Trained
 
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 class Finetune(Stage):
     """Trains a classifier on labelled texts, from pretrained weights, and as a baseline from random ones.
 
+    It reads the mean of what a decoder, an encoder or an encoder-decoder's encoder knows at each token.
+
     Attributes:
+        model: What was pretrained: an artifact, or a local directory in Hugging Face's layout.
         data: JSONL file of rows with a text, a label and a split (train, valid or test).
         trunk: "full" trains all weights; "frozen" only the classifier on top (feature extraction).
         baseline: Train the same model from random weights too (then always all weights).
@@ -36,7 +40,7 @@ class Finetune(Stage):
         epochs: Passes over the training texts.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     produces: ClassVar[str] = "model"
     ranks: ClassVar[Literal["one", "units", "group"]] = "group"
 
@@ -59,10 +63,11 @@ class Finetune(Stage):
 
     def check(self, upstream: Mapping[str, Stage], run: Run) -> Iterator[tuple[str, str]]:
         """Refuse texts longer than the model's sequences, and batches that do not divide."""
-        made_by = upstream["model"]
-        if isinstance(made_by, Pretrain) and self.seq_len > made_by.model.max_seq_len:
-            yield "seq_len", f"{self.seq_len} is longer than the model's max_seq_len of {made_by.model.max_seq_len}"
+        model = planned_model(upstream["model"])
+        if model is not None and self.seq_len > model.max_seq_len:
+            yield "seq_len", f"{self.seq_len} is longer than the model's max_seq_len of {model.max_seq_len}"
         yield from refuse_classifier(upstream)
+        yield from self.optimizer.check(run)
         yield from check_engine(self.batch_examples, "batch_examples", self, run)
 
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
@@ -91,7 +96,8 @@ class Finetune(Stage):
                 trained.engine.destroy()
             trained = self._train(ctx, mpu, examples, steps, pretrained=True)
             scores |= self._test(trained, examples)
-            weights = full_weights(trained.engine)
+            with trained.evaluated():
+                weights = full_weights(trained.engine)
         if ctx.rank == 0:
             self._write(ctx, trained.engine.module, weights)
             ctx.output.stats |= {
@@ -123,6 +129,7 @@ class Finetune(Stage):
     def _train(
         self, ctx: Context, mpu: "DataParallelUnit", examples: "Examples", steps: int, pretrained: bool
     ) -> "Trained":
+        from pipeline.models.initial import lr_scales
         from pipeline.training.loop import Recipe, Trainee, train
 
         model = self._build(ctx.inputs["model"], examples.labels, pretrained)
@@ -133,6 +140,7 @@ class Finetune(Stage):
             feed=lambda step, rank, shape: self._feed(examples, step, rank, shape),
             validate=lambda module: _scores(module, examples.valid, examples.labels, "valid"),
             checkpoints=ctx.directory / CHECKPOINTS / name,
+            lr_scales=lr_scales(model, model.trunk.config),
             prefix=f"{name}/",
             label=f"{name} ({2 if pretrained else 1} of 2) " if self.baseline else "",
             first_step=steps if pretrained and self.baseline else 0,
@@ -140,7 +148,9 @@ class Finetune(Stage):
         return train(ctx, mpu, recipe, trainee)
 
     def _build(self, source: "Artifact", labels: Sequence[str], pretrained: bool) -> "Classifier":
-        from pipeline.models.transformer import Classifier, Transformer, init_weights
+        from pipeline.models.classifier import Classifier
+        from pipeline.models.initial import init_weights
+        from pipeline.models.transformer import Transformer
 
         trunk = load_language_model(source)
         if self.seq_len > trunk.config.max_seq_len:
@@ -164,18 +174,16 @@ class Finetune(Stage):
         ]
         return Batch(
             [_pad(rows) for rows in mine],
-            weight=sum(map(len, mine)),
+            weights={"labels": sum(map(len, mine))},
             tokens=sum(len(ids) for rows in mine for ids, _ in rows),
         )
 
     def _test(self, trained: "Trained", examples: "Examples") -> dict[str, float]:
-        return {
-            **trained.validation,
-            **_scores(trained.engine.module, examples.test, examples.labels, "test"),
-        }
+        with trained.evaluated() as module:
+            return {**trained.validation, **_scores(module, examples.test, examples.labels, "test")}
 
     def _write(self, ctx: Context, model: "Classifier", weights: "Mapping[str, torch.Tensor]") -> None:
-        from pipeline.models.transformer import save_model
+        from pipeline.models.saved import save_model
         from pipeline.training.loop import write_model
 
         tokenizer = ctx.inputs["model"].file(TOKENIZER)
@@ -202,8 +210,8 @@ class Examples:
         return sum(label == counts.index(max(counts)) for _, label in self.test) / len(self.test)
 
 
-def _pad(rows: Sequence[Example]) -> tuple["torch.Tensor", ...]:
-    """Return ids [rows, longest], a mask of the same shape that is true on text, and labels [rows]."""
+def _pad(rows: Sequence[Example]) -> dict[str, "torch.Tensor"]:
+    """Return what a classifier is called with: ids and mask [rows, longest], and labels [rows]."""
     import torch
 
     longest = max(1, *(len(ids) for ids, _ in rows))
@@ -212,7 +220,7 @@ def _pad(rows: Sequence[Example]) -> tuple["torch.Tensor", ...]:
     for row, (ids, _) in enumerate(rows):
         ids_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
         mask_BT[row, : len(ids)] = True
-    return ids_BT, mask_BT, torch.tensor([label for _, label in rows])
+    return {"ids": ids_BT, "mask": mask_BT, "labels": torch.tensor([label for _, label in rows])}
 
 
 def _scores(module: Any, examples: list[Example], labels: Sequence[str], split: str) -> dict[str, float]:
@@ -227,8 +235,9 @@ def _scores(module: Any, examples: list[Example], labels: Sequence[str], split: 
     predicted, wanted, nats = [], [], 0.0
     with torch.inference_mode():
         for first in range(0, len(order), 64):
-            ids, mask, truth = (t.to(device) for t in _pad([examples[i] for i in order[first : first + 64]]))
-            logits = module(ids, mask)
+            fed = {name: t.to(device) for name, t in _pad([examples[i] for i in order[first : first + 64]]).items()}
+            truth = fed.pop("labels")
+            logits = module(**fed)
             nats += torch.nn.functional.cross_entropy(logits.float(), truth, reduction="sum").item()
             predicted += logits.argmax(-1).tolist()
             wanted += truth.tolist()

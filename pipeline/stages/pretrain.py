@@ -1,39 +1,52 @@
 """Pretraining: from token parts to a language model."""
 
-import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from pipeline.artifact import Artifact
-from pipeline.errors import ArtifactError, ConfigError
-from pipeline.models.config import Decoder
-from pipeline.parallel.engine import EngineSettings, Precision, deepspeed_json
-from pipeline.parallel.mesh import shape_batch
+from pipeline.errors import ConfigError
+from pipeline.models.config import AnyModel, Decoder
+from pipeline.models.transfer import describe_misfits, misfits
+from pipeline.parallel.engine import Precision
 from pipeline.settings import Input
 from pipeline.stage import CHECKPOINTS, Context, Run, Stage, Stats, TaskName
+from pipeline.stages.loading import check_tokenizer, load_language_model, planned_model
+from pipeline.stages.preparing import (
+    INIT_FROM,
+    TEACHER,
+    Question,
+    build_model,
+    check_engine,
+    check_special_tokens,
+    coefficients,
+    describe,
+    make_examples,
+    open_held,
+    settle_model,
+)
 from pipeline.stages.tokenize import Tokenize
-from pipeline.text.corpus import HELD
 from pipeline.text.mixture import AnyMixture, Temperature, check_names
 from pipeline.text.packing import AnyPacking, Contiguous, WarmUp, check_warmup
 from pipeline.text.tokenizers import TOKENIZER
+from pipeline.training.averaging import AnyAverage
+from pipeline.training.objectives import AnyObjective, Causal
 from pipeline.training.optim import AdamW, AnyOptimizer
 from pipeline.training.schedule import AnySchedule, Cosine
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     import torch
 
     from pipeline.models.transformer import Transformer
-    from pipeline.parallel.mesh import BatchShape, DataParallelUnit
-    from pipeline.stages.finetune import Finetune
+    from pipeline.parallel.mesh import DataParallelUnit
     from pipeline.text.loader import Loader
-    from pipeline.text.stream import TokenStream
-    from pipeline.training.loop import Batch
-    from pipeline.training.metrics import Score
+    from pipeline.training.loop import Trained
+    from pipeline.training.objectives.batch import Examples
+    from pipeline.training.validation import Validation
 
-VALIDATION_ROWS = 16  # sequences that a validation feeds at once
+__all__ = ["Pretrain", "check_engine", "check_tokenizer", "load_language_model"]
 
 
 class Pretrain(Stage):
@@ -44,19 +57,28 @@ class Pretrain(Stage):
         mixture: How the sources share the training; by default in proportion to their sizes.
         max_epochs: How often a source may be gone through at most, unless `mixture` says the epochs itself; null has
             no limit. Up to about four times is nearly as good as new text (Muennighoff et al. 2023, arXiv:2305.16264).
-        packing: How documents become rows of `seq_len` tokens.
+        packing: How documents become rows.
         document_mask: Whether the documents of a row are kept apart: none sees another, positions count from each
             one's beginning.
-        seq_len: Tokens of a training sequence.
+        objective: What the model is trained to do.
+        model: Null is the one of `init_from`, and without that the plain decoder.
+        init_from: A model whose weights are the first ones; its tokenizer must be that of the tokens. With a `model`
+            too, the two may differ in what has no weights, in heads and in the padding of the vocabulary.
+        seq_len: Positions of a training sequence, of an encoder-decoder those of its encoder.
         seq_len_warmup: Shorter sequences at the beginning: each row is cut into several, the batch stays the same.
-        batch_tokens: Tokens of one optimizer step, over all ranks.
+        batch_tokens: Positions of one optimizer step, over all ranks.
+        label_smoothing: Share of the target that is spread over the whole vocabulary (Szegedy et al. 2016,
+            arXiv:1512.00567); in training only.
+        z_loss: Weight of the squared logarithm of the softmax's normalizer (PaLM, arXiv:2204.02311, section 5); in
+            training only.
+        average: An average of the weights to validate with and to keep; null takes the last weights.
         clip_norm: Largest global gradient norm; null does not clip.
         validation_sequences: How many held-out sequences of each source a validation during training looks at; the
             validation loss is the mean over all their tokens.
         validate_every_steps: Steps between two validations; null validates at the end only.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     produces: ClassVar[str] = "model"
     ranks: ClassVar[Literal["one", "units", "group"]] = "group"
 
@@ -66,13 +88,18 @@ class Pretrain(Stage):
     max_epochs: float | None = Field(default=4.0, gt=0)
     packing: AnyPacking = Contiguous()
     document_mask: bool = True
-    model: Decoder = Decoder()
+    objective: AnyObjective = Causal()
+    model: AnyModel | None = None
+    init_from: Annotated[str | None, Input("model")] = None
     seq_len: int = Field(default=256, ge=1)
     seq_len_warmup: list[WarmUp] = []
     batch_tokens: int = Field(default=8192, ge=1)
     steps: int = Field(ge=1, le=10**12)
     optimizer: AnyOptimizer = AdamW()
     schedule: AnySchedule = Cosine()
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    z_loss: float = Field(default=0.0, ge=0)
+    average: AnyAverage | None = None
     clip_norm: float | None = Field(default=1.0, gt=0)
     precision: Precision = "fp32"
     validation_sequences: int = Field(default=64, ge=1)
@@ -80,19 +107,73 @@ class Pretrain(Stage):
     seed: int = Field(default=0, ge=0)
 
     def check(self, upstream: Mapping[str, Stage], run: Run) -> Iterator[tuple[str, str]]:
-        """Refuse sequences longer than the model's, unknown sources, and batches that do not divide."""
-        if self.seq_len > self.model.max_seq_len:
-            yield "seq_len", f"{self.seq_len} is longer than the model's max_seq_len of {self.model.max_seq_len}"
-        yield from check_warmup(self.seq_len_warmup, self.seq_len)
-        makers = list(upstream.values())
-        if makers and all(isinstance(maker, Tokenize) and not maker.held_out_fraction for maker in makers):
-            yield "tokens", "nothing is held out to validate on; give tokenize a held_out_fraction above 0"
-        for name, problem in check_names(self.mixture, list(self.sources)):
-            yield f"mixture.{name}", problem
+        """Refuse what the objective, the model and the tokens do not have in common, and batches that do not divide."""
+        yield from self._check_tokens(upstream)
+        yield from self._check_lengths()
+        yield from self._check_models(upstream)
+        yield from self.optimizer.check(run)
+        if self.average is not None:
+            yield from self.average.check(self.optimizer)
         if self.batch_tokens % self.seq_len:
             yield "batch_tokens", f"{self.batch_tokens} does not divide into sequences of {self.seq_len} tokens"
             return
-        yield from check_engine(self.batch_tokens // self.seq_len, "batch_tokens", self, run)
+        yield from check_engine(self.batch_rows, "batch_tokens", self, run)
+
+    def check_model(self, config: AnyModel) -> Iterator[tuple[str, str]]:
+        """Yield (setting, problem) for what does not fit a model."""
+        if self.seq_len > config.max_seq_len:
+            yield "seq_len", f"{self.seq_len} is longer than the model's max_seq_len of {config.max_seq_len}"
+        yield from self.objective.check(config, self.seq_len)
+
+    def _check_tokens(self, upstream: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
+        makers = [upstream[field] for field in self.sources.values() if field in upstream]
+        if makers and all(isinstance(maker, Tokenize) and not maker.held_out_fraction for maker in makers):
+            yield "tokens", "nothing is held out to validate on; give tokenize a held_out_fraction above 0"
+        for field in self.sources.values():
+            yield from check_special_tokens(self.objective, field, upstream.get(f"{field}/tokenizer"))
+        for name, problem in check_names(self.mixture, list(self.sources)):
+            yield f"mixture.{name}", problem
+
+    def _check_lengths(self) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with shorter sequences at the beginning."""
+        yield from check_warmup(self.seq_len_warmup, self.seq_len)
+        row_tokens = self.objective.row_tokens(self.seq_len)
+        if self.seq_len_warmup and row_tokens != self.seq_len:
+            yield (
+                "seq_len_warmup",
+                f"'{self.objective.kind}' makes {self.seq_len} positions of {row_tokens} tokens, so its rows cannot "
+                "be cut into shorter ones; leave it empty",
+            )
+
+    def _check_models(self, upstream: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with the model, the one it begins with and its teacher, as far as they are known."""
+        for field in (INIT_FROM, TEACHER):
+            if field in upstream and upstream[field].kind == "finetune":
+                yield field, "wanted a language model, but fine-tuning makes a classifier"
+        source = planned_model(upstream[INIT_FROM]) if INIT_FROM in upstream else None
+        config = self.planned_model or source
+        if config is None:
+            return
+        yield from self.check_model(config)
+        if source is not None and (problems := list(misfits(config, source))):
+            yield "model", describe_misfits(problems)
+        teacher = planned_model(upstream[TEACHER]) if TEACHER in upstream else None
+        if teacher is None:
+            return
+        if teacher.kind != config.kind:
+            yield TEACHER, f"wanted a model of kind '{config.kind}', found one of kind '{teacher.kind}'"
+        if self.seq_len > teacher.max_seq_len:
+            yield TEACHER, f"reads {teacher.max_seq_len} positions, fewer than seq_len ({self.seq_len})"
+
+    @property
+    def planned_model(self) -> AnyModel | None:
+        """The settings of the model, if nobody has to look into `init_from` for them."""
+        return self.model or (Decoder() if self.init_from is None else None)
+
+    @property
+    def batch_rows(self) -> int:
+        """Sequences of one batch."""
+        return self.batch_tokens // self.seq_len
 
     @property
     def sources(self) -> dict[str, str]:
@@ -102,49 +183,51 @@ class Pretrain(Stage):
         )
 
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
-        """Weights once, and weights with two moments in fp32 for every checkpoint and the one being written."""
-        vocab_size = self.model.vocab_size or 2**16
-        params = self.model.model_copy(update={"vocab_size": vocab_size}).num_params()
-        return 4 * params * (1 + 4 * (run.keep_checkpoints + 1))
+        """The weights, and for every checkpoint and the one being written them twice and what the optimizer keeps.
+
+        Nothing where only `init_from` says how large the model is.
+        """
+        model = self.planned_model
+        if model is None:
+            return 0
+        params = model.model_copy(update={"vocab_size": model.vocab_size or 2**16}).num_params()
+        copies = 2 + self.optimizer.state_copies + (self.average.state_copies if self.average else 0)
+        return 4 * params * (1 + copies * (run.keep_checkpoints + 1))
 
     @classmethod
     def headline(cls, stats: Stats) -> tuple[str, str]:
-        """Return steps and tokens seen, and the held-out loss."""
+        """Return steps and tokens seen, and the held-out loss, with its terms if there are several."""
         seen = f"{stats['steps']:,} steps, {stats['tokens']:,} tokens"
-        return seen, f"validation loss {stats['validation_loss']:.3f}"
+        terms = stats.get("terms", [])
+        named = ", ".join(f"{name} {stats[f'validation_loss.{name}']:.3f}" for name in terms)
+        return seen, f"validation loss {stats['validation_loss']:.3f}{f' ({named})' if named else ''}"
 
     def run(self, ctx: Context) -> None:
         """Train; rank 0 writes the model, its tokenizer and its metrics."""
-        from pipeline.models.transformer import Transformer, init_weights
         from pipeline.parallel.engine import full_weights, process_group
-        from pipeline.training.loop import Recipe, Trainee, train
+        from pipeline.training.validation import SEED, Validation
 
         tokens = {name: ctx.inputs[setting] for name, setting in self.sources.items()}
-        config = self._with_vocabulary(ctx.task, tokens)
+        first = next(iter(tokens.values()))
         try:
+            config = settle_model(self, ctx.inputs, first)
             loader = self.open_loader(tokens)
+            model = build_model(self, config, ctx)
         except ConfigError as error:
             raise ConfigError(*(f"{ctx.task}.{problem}" for problem in error.problems)) from None
-        held = self._open_held(ctx.task, tokens)
-        model = Transformer(config)
-        init_weights(model, self.seed)
-        ctx.log(f"{config.num_params():,} parameters")
-        for line in self._describe(loader, held):
+        held = open_held(ctx.task, tokens)
+        asked = Question(self.objective, self.seq_len, self.document_mask)
+        examples = make_examples(ctx.task, asked, self.seed, first)
+        validation = Validation(held, replace(examples, seed=SEED), self.validation_sequences)
+        for line in describe(self, loader, held):
             ctx.log(line)
         with process_group() as mpu:
-            trainee = Trainee(
-                model=model,
-                feed=lambda step, rank, shape: self._feed(loader, step, rank, shape),
-                validate=lambda module: self._validate(module, held, mpu),
-                checkpoints=ctx.directory / CHECKPOINTS,
-            )
-            trained = train(ctx, mpu, Recipe.of(self, batch_rows=self.batch_tokens // self.seq_len), trainee)
-            weights = full_weights(trained.engine)
+            trained = self._train(ctx, mpu, model, loader, examples, validation)
+            with trained.evaluated():
+                weights = full_weights(trained.engine)
         if ctx.rank == 0:
-            ctx.output.stats |= trained.validation
-            for (name, count), size in zip(loader.counts(self.steps).items(), loader.sizes, strict=True):
-                ctx.output.stats[f"epochs.{name}"] = count / size
-            self._write(ctx, config, weights, next(iter(tokens.values())))
+            self._write(ctx, config, weights, first)
+            self._count(ctx, config, loader, trained, first)
 
     def open_loader(self, tokens: Mapping[str, Artifact]) -> "Loader":
         """Return the loader of tokens artifacts, by source: what it gives follows from these settings and the step.
@@ -162,8 +245,8 @@ class Pretrain(Stage):
         order = Order(
             mixture=self.mixture,
             packing=self.packing,
-            seq_len=self.seq_len,
-            batch_rows=self.batch_tokens // self.seq_len,
+            seq_len=self.objective.row_tokens(self.seq_len),
+            batch_rows=self.batch_rows,
             steps=self.steps,
             seed=self.seed,
             warmup=self.seq_len_warmup,
@@ -171,140 +254,60 @@ class Pretrain(Stage):
         )
         return Loader({name: open_stream(artifact) for name, artifact in tokens.items()}, order)
 
-    def _open_held(self, task: str, tokens: Mapping[str, Artifact]) -> "dict[str, TokenStream]":
-        """Return the held-out documents of the sources that have any."""
-        from pipeline.text.stream import open_stream
+    def _train(
+        self,
+        ctx: Context,
+        mpu: "DataParallelUnit",
+        model: "Transformer",
+        loader: "Loader",
+        examples: "Examples",
+        validation: "Validation",
+    ) -> "Trained":
+        from pipeline.models.initial import lr_scales
+        from pipeline.models.moe import after_step
+        from pipeline.training.feed import read_batch
+        from pipeline.training.loop import Recipe, Trainee, train
 
-        held = {name: open_stream(artifact, HELD) for name, artifact in tokens.items() if artifact.parts(HELD)}
-        if not held:
-            fractions = ", ".join(str(artifact.manifest.stage["held_out_fraction"]) for artifact in tokens.values())
-            raise ArtifactError(
-                f"{task}.tokens: no document is held out for validation (held_out_fraction of tokenize: {fractions}); "
-                "hold out more or use more text"
-            )
-        return held
+        trainee = Trainee(
+            model=model,
+            feed=lambda step, rank, shape: read_batch(examples, loader, step, rank, shape),
+            validate=lambda module: validation.run(module, mpu),
+            checkpoints=ctx.directory / CHECKPOINTS,
+            coefficients=coefficients(self.objective, model.config),
+            term_names=self.objective.term_names,
+            lr_scales=lr_scales(model, model.config),
+            after_step=lambda module: after_step(module, mpu.data_group),
+        )
+        return train(ctx, mpu, Recipe.of(self, batch_rows=self.batch_rows), trainee)
 
-    def _describe(self, loader: "Loader", held: "Mapping[str, TokenStream]") -> Iterator[str]:
-        """Yield a line for every source: how much there is of it, and how much of it is trained on."""
-        counts = loader.counts(self.steps).items()
-        for (name, count), stream, size in zip(counts, loader.streams, loader.sizes, strict=True):
-            share = count * self.seq_len / (self.steps * self.batch_tokens)
-            yield (
-                f"{name}: {100 * share:.3g} % of training, {count / size:.2f} epochs of {stream.num_tokens:,} tokens "
-                f"in {size:,} rows ({100 * stream.num_tokens / (size * self.seq_len):.4g} % full); "
-                f"{held[name].num_tokens if name in held else 0:,} tokens held out"
-            )
-
-    def _with_vocabulary(self, task: str, tokens: Mapping[str, Artifact]) -> Decoder:
-        """Return the model's settings with the vocabulary of the tokens."""
-        source = next(iter(tokens.values()))
-        needed, asked = source.stats["vocab_size"], self.model.vocab_size
-        if asked is not None and asked < needed:
-            raise ConfigError(
-                f"{task}.model.vocab_size: wanted at least {needed}, the vocabulary of {source.path}, found {asked}; "
-                "leave it null to take that"
-            )
-        return self.model if asked else self.model.model_copy(update={"vocab_size": needed})
-
-    def _feed(self, loader: "Loader", step: int, rank: int, shape: "BatchShape") -> "Batch":
+    def _write(self, ctx: Context, config: AnyModel, weights: "Mapping[str, torch.Tensor]", tokens: Artifact) -> None:
         import torch
 
-        from pipeline.text.loader import IGNORED
-        from pipeline.training.loop import Batch
-
-        first = rank * shape.rows_per_rank
-        rows = loader.read(step, slice(first, first + shape.rows_per_rank), documents=self.document_mask)
-        fed: list[npt.NDArray[Any]] = [rows.inputs, rows.labels]
-        if rows.documents is not None:
-            fed.append(rows.documents)
-        size = len(rows.labels) // shape.accumulation  # while the length warms up, several rows for each sample
-        microbatches: list[tuple[torch.Tensor, ...]] = [
-            tuple(torch.from_numpy(array[start : start + size]) for array in fed)
-            for start in range(0, len(rows.labels), size)
-        ]
-        return Batch(microbatches, weight=int((rows.labels != IGNORED).sum()), tokens=rows.labels.size)
-
-    def _validate(
-        self, module: "torch.nn.Module", held: "Mapping[str, TokenStream]", mpu: "DataParallelUnit"
-    ) -> dict[str, float]:
-        """Score held-out sequences of every source spread evenly over its stream, shared among the ranks."""
-        from pipeline.training.metrics import Score
-
-        scores = {name: self._score(module, stream, mpu) for name, stream in held.items()}
-        numbers = {}
-        if len(scores) > 1:
-            for name, score in scores.items():
-                numbers[f"validation_loss.{name}"] = score.loss
-                numbers[f"validation_bits_per_byte.{name}"] = score.bits_per_byte(held[name])
-        whole = Score(sum(s.nats for s in scores.values()), sum(s.tokens for s in scores.values()))
-        num_bytes = sum(s.tokens * held[name].num_bytes / held[name].num_tokens for name, s in scores.items())
-        return numbers | {
-            "validation_loss": whole.loss,
-            "validation_bits_per_byte": whole.nats / num_bytes / math.log(2),
-        }
-
-    def _score(self, module: "torch.nn.Module", held: "TokenStream", mpu: "DataParallelUnit") -> "Score":
-        import torch
-        import torch.distributed as dist
-
-        from pipeline.training.metrics import Score, num_windows, score
-
-        total = num_windows(held, self.seq_len)
-        count = min(self.validation_sequences, total)
-        windows: list[int | None] = [i * total // count for i in range(count)]
-        windows += [None] * (-count % mpu.world)
-        mine = windows[mpu.rank :: mpu.world]
-        found = score(module, held, self.seq_len, VALIDATION_ROWS, held.end_of_text, mine, self.document_mask)
-        device = next(module.parameters()).device
-        sums = torch.tensor([found.nats, found.tokens], dtype=torch.float64, device=device)
-        dist.all_reduce(sums, group=mpu.data_group)
-        return Score(sums[0].item(), int(sums[1].item()))
-
-    def _write(self, ctx: Context, config: Decoder, weights: "Mapping[str, torch.Tensor]", tokens: Artifact) -> None:
-        from pipeline.models.transformer import Transformer, save_model
+        from pipeline.models.saved import save_model
+        from pipeline.models.transformer import Transformer
         from pipeline.training.loop import write_model
 
-        write_model(ctx, tokens.file(TOKENIZER), lambda directory: save_model(directory, Transformer(config), weights))
+        with torch.device("meta"):  # only its settings matter
+            model = Transformer(config)
+        write_model(ctx, tokens.file(TOKENIZER), lambda directory: save_model(directory, model, weights))
+
+    def _count(self, ctx: Context, config: AnyModel, loader: "Loader", trained: "Trained", tokens: Artifact) -> None:
+        """Put the numbers of the model and its training into the manifest."""
+        from pipeline.training.metrics import MEASURED
+
+        ctx.output.stats |= trained.validation
+        for (name, count), size in zip(loader.counts(self.steps).items(), loader.sizes, strict=True):
+            ctx.output.stats[f"epochs.{name}"] = count / size
+        names = [self.objective.term_names.get(term, "") for term in MEASURED]
+        terms = [name for name in names if f"validation_loss.{name}" in trained.validation]
         ctx.output.stats |= {
             "steps": self.steps,
             "tokens": self.steps * self.batch_tokens,
             "parameters": config.num_params(),
             "vocab_size": config.vocab_size,
             "end_of_text_id": tokens.stats["end_of_text_id"],
+            "seq_len": self.seq_len,
+            "family": config.kind,
+            "objective": self.objective.kind,
+            "terms": terms if len(terms) > 1 else [],
         }
-
-
-def check_tokenizer(wanted: Artifact, tokens: Artifact) -> None:
-    """Refuse tokens that were not made with the tokenizer of another artifact. Raises ArtifactError."""
-    if wanted.manifest.files.get(TOKENIZER) != tokens.manifest.files.get(TOKENIZER):
-        raise ArtifactError(
-            f"{tokens.place}: its tokenizer (vocabulary of {tokens.stats['vocab_size']}) is not the one of "
-            f"{wanted.place} (vocabulary of {wanted.stats['vocab_size']}); tokenize with that one"
-        )
-
-
-def load_language_model(source: Artifact) -> "Transformer":
-    """Load the model of an artifact, after a check of its files. Raises ArtifactError if it is a classifier."""
-    from pipeline.models.transformer import Transformer, load_model
-
-    for name in source.names:
-        source.file(name)
-    model = load_model(source.path)
-    if not isinstance(model, Transformer):
-        raise ArtifactError(f"{source.path}: wanted a language model, found a classifier")
-    return model
-
-
-def check_engine(rows: int, field: str, stage: "Pretrain | Finetune", run: Run) -> Iterator[tuple[str, str]]:
-    """Yield what DeepSpeed's settings cannot be made of: a batch that does not divide, a contradiction."""
-    try:
-        shape = shape_batch(rows, run.microbatch_sequences, run.ranks)
-    except ConfigError as error:
-        yield field, str(error)
-        return
-    try:
-        deepspeed_json(
-            EngineSettings(shape, run.parallel.zero, stage.precision, stage.clip_norm, run.parallel.deepspeed)
-        )
-    except ConfigError as error:
-        yield from ((field, problem) for problem in error.problems)

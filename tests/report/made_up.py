@@ -119,6 +119,13 @@ def make_whole_job(root):
     add("topics", "model", {"kind": "finetune"}, ["model"], scores, {"metrics.jsonl": curves})
     scored = {"loss": 3.1, "perplexity": 22.2, "bits_per_byte": 2.41, "byte_unigram_bits_per_byte": 4.52}
     add("score", "report", {"kind": "evaluate"}, ["model", "tokens"], scored, {"metrics.json": "{}"})
-    add("texts", "samples", {"kind": "generate", "temperature": 0.8}, ["model"], {"prompts": 2}, samples=SAMPLES)
+    add(
+        "texts",
+        "samples",
+        {"kind": "generate", "decoding": {"kind": "sample", "temperature": 0.8}},
+        ["model"],
+        {"prompts": 2},
+        samples=SAMPLES,
+    )
     job.entries = dict(reversed(job.entries.items()))
     return job

@@ -2,7 +2,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from made_up import Job, make_whole_job
+from made_up import Job, make_whole_job, metrics
 
 from pipeline.report.charts import Bar, Curve, Level, bars, histogram, line_chart
 from pipeline.report.curves import curves, read_runs
@@ -231,3 +231,12 @@ def test_graph_keeps_tasks_apart(whole_job):
             for other_x, other_y, other_width, other_height in boxes[:place]:
                 beside = x + width <= other_x or other_x + other_width <= x
                 assert beside or y + height <= other_y or other_y + other_height <= y
+
+
+def test_the_curve_of_the_rate_says_which_schedule_it_is(job):
+    stage = {"kind": "pretrain", "schedule": {"kind": "inverse_sqrt"}}
+    entry = job.add("model", "model", stage, files={"metrics.jsonl": metrics(3)})
+    assert "inverse sqrt schedule" in curves(entry)
+    assert "schedule" not in curves(
+        job.add("other", "model", {"kind": "pretrain"}, files={"metrics.jsonl": metrics(3)})
+    )

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import open_artifact
+from pipeline.artifact import open_artifact, record_file
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.launch.local import Local
 from pipeline.settings import decode, encode
 from pipeline.stages.pretrain import Pretrain
 from pipeline.stages.tokenize import Tokenize
+from pipeline.stages.train_tokenizer import TrainTokenizer
 
 BOTH = {"web": "@web", "code": "@code"}
 
@@ -133,8 +134,11 @@ def test_ids_outside_the_vocabulary_are_refused(tokens):
 
 def test_sources_of_different_tokenizers_are_refused(tokens, tmp_path):
     other = Path(shutil.copytree(tokens, tmp_path / "other"))
+    data = json.loads((other / "tokenizer.json").read_text())
+    data["model"]["merges"].pop()
+    (other / "tokenizer.json").write_text(json.dumps(data))
     manifest = json.loads((other / "manifest.json").read_text())
-    manifest["files"]["tokenizer.json"]["xxh128"] = "0" * 32
+    manifest["files"]["tokenizer.json"] = encode(record_file(other / "tokenizer.json"))
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match=f"{other}: its tokenizer .* is not the one of {tokens}"):
         pretrain(tokens=BOTH).open_loader({"web": open_artifact(tokens), "code": open_artifact(other)})
@@ -171,3 +175,93 @@ def test_tokens_of_which_nothing_is_held_out_are_refused():
     maker = decode(Tokenize, {"kind": "tokenize", "corpus": "@c", "tokenizer": "@t", "held_out_fraction": 0}, where="")
     found = list(pretrain().check({"tokens": maker}, Local()))
     assert found == [("tokens", "nothing is held out to validate on; give tokenize a held_out_fraction above 0")]
+
+
+BERT = {"kind": "encoder", "token_types": 2, "pooler": True}
+SPANS = {"kind": "span_corruption"}
+
+
+def maker(**settings) -> Pretrain:
+    return pretrain(**{"tokens": "@t", **settings})
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        (
+            {"objective": {"kind": "masked"}},
+            ("objective.kind", "'masked' trains a model of kind 'encoder', found 'dec"),
+        ),
+        ({"model": BERT}, ("objective.kind", "'causal' trains a model of kind 'decoder', found 'encoder'")),
+        (
+            {"model": {"kind": "encoder"}, "objective": {"kind": "next_sentence"}},
+            ("model.token_types", "'next_sentence' tells two segments apart; wanted 2, found 0"),
+        ),
+        ({"model": {"kind": "decoder", "max_seq_len": 128}}, ("seq_len", "256 is longer than the model's max_seq_len")),
+        (
+            {"model": {"kind": "encoder_decoder"}, "objective": {**SPANS, "num_sentinels": 9}},
+            ("objective.num_sentinels", "a row of 256 inputs has 14 spans, found 9"),
+        ),
+        (
+            {"model": {"kind": "encoder_decoder"}, "objective": SPANS, "seq_len_warmup": [{"tokens": 9, "seq_len": 8}]},
+            ("seq_len_warmup", "'span_corruption' makes 256 positions of 284 tokens"),
+        ),
+        (
+            {"average": {"kind": "ema"}, "optimizer": {"kind": "schedule_free_adamw"}},
+            ("average", "'schedule_free_adamw' keeps an average itself"),
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_it_runs(changes, found):
+    name, problem = problems(**changes)[0]
+    assert name == found[0]
+    assert problem.startswith(found[1])
+
+
+def test_what_is_read_of_other_models_is_checked_before_it_runs():
+    stage = pretrain(init_from="@m", objective={"kind": "masked"})
+    assert list(stage.check({}, Local())) == []  # nobody knows yet
+    assert [name for name, _ in stage.check({"init_from": maker(model={"kind": "decoder"})}, Local())] == [
+        "objective.kind"
+    ]
+    assert list(stage.check({"init_from": maker(model=BERT)}, Local())) == []
+    wide = pretrain(init_from="@m", model={"kind": "decoder", "d_model": 512, "dropout": 0.1})
+    ((name, problem),) = wide.check({"init_from": maker(model={"kind": "decoder"})}, Local())
+    assert name == "model"
+    assert problem.startswith("the weights of init_from do not fit ('decoder.blocks.0.attention.key.weight': wanted sh")
+    heads = pretrain(init_from="@m", model={"kind": "decoder", "predict_ahead": 2, "vocab_multiple": 128})
+    assert list(heads.check({"init_from": maker(model={"kind": "decoder"})}, Local())) == []
+    teacher = pretrain(objective={"kind": "distillation", "teacher": "@m"})
+    short = maker(model={"kind": "decoder", "max_seq_len": 64})
+    assert list(teacher.check({"objective.teacher": short}, Local())) == [
+        ("objective.teacher", "reads 64 positions, fewer than seq_len (256)")
+    ]
+    other = list(teacher.check({"objective.teacher": maker(model=BERT)}, Local()))
+    assert other == [("objective.teacher", "wanted a model of kind 'decoder', found one of kind 'encoder'")]
+
+
+def test_a_special_token_that_the_tokenizer_will_lack_is_refused():
+    stage = pretrain(model={"kind": "encoder_decoder"}, objective=SPANS)
+    for tokens, lacking in (
+        (["<|endoftext|>", "<extra_id_{0..99}>"], []),
+        (["<|endoftext|>", "<extra_id_{0..98}>"], ["'<extra_id_99>', which the tokenizer of tokens will not have"]),
+        (["<|endoftext|>"], ["'<extra_id_0>' and 99 more, which the tokenizer of tokens will not have"]),
+    ):
+        trainer = decode(TrainTokenizer, {"corpus": "@c", "special_tokens": tokens})
+        found = list(stage.check({"tokens/tokenizer": trainer}, Local()))
+        assert [problem.split("token ")[1].split(";")[0] for _, problem in found] == lacking
+
+
+def test_the_disk_that_is_needed_grows_with_what_is_kept():
+    run = Local()
+    plain = pretrain(model={"kind": "decoder"}).disk_bytes(0, run)
+    assert pretrain(optimizer={"kind": "lion"}).disk_bytes(0, run) < plain
+    assert pretrain(average={"kind": "ema"}).disk_bytes(0, run) > plain
+    assert pretrain(init_from="@m").disk_bytes(0, run) == 0
+
+
+def test_rows_are_as_long_as_the_objective_needs(tokens):
+    stage = pretrain(model={"kind": "encoder_decoder"}, objective=SPANS, seq_len=32, batch_tokens=512)
+    loader = stage.open_loader({"tokens": open_artifact(tokens)})
+    assert loader.order.seq_len == stage.objective.row_tokens(32) > 32
+    assert loader.read(1).labels.shape == (16, loader.order.seq_len)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import xxhash
 
+from pipeline import proof
 from pipeline.artifact import Artifact, record_file
 from pipeline.errors import ArtifactError, Preempted
+from pipeline.proof import hash_file
 from pipeline.settings import decode
 from pipeline.stage import Run
 from pipeline.stages.tokenize import Tokenize
@@ -105,6 +107,19 @@ def test_how_the_tokenizer_fares_is_told(inputs, tmp_path, run_stage):
     assert made.stats["round_trip_documents"] == len(TEXTS)  # the first documents of every part
     assert made.stats["round_trip_fraction"] == 1.0
     assert 1 < made.stats["fertility"] < 10
+
+
+def test_checksums_taken_while_writing_are_those_of_the_files(inputs, tmp_path, run_stage, monkeypatch):
+    read = []
+    monkeypatch.setattr(proof, "hash_file", lambda path, tick: read.append(path.name) or hash_file(path, tick))
+    made = run_stage(tokenize(held_out_fraction=0.3), inputs, tmp_path / "tokens")
+    parts = [*made.parts(), *made.parts("held-")]
+    assert len(parts) > len(made.parts()) > 0
+    assert not [name for name in read if name.startswith("held-")]  # they were not read back
+    for name in parts:
+        assert made.manifest.files[name] == record_file(made.path / name)
+    made.prove(parts)  # nor are they for training
+    assert not [name for name in read if name.startswith("held-")]
 
 
 def test_no_document_need_be_held_out(inputs, tmp_path, run_stage):

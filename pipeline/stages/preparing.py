@@ -1,0 +1,212 @@
+"""What pretraining needs before its first step: the model with its first weights, and how it is fed and tested."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.artifact import Artifact
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.models.config import AnyModel, Decoder
+from pipeline.parallel.engine import EngineSettings, deepspeed_json
+from pipeline.parallel.mesh import shape_batch
+from pipeline.stage import Run, Stage
+from pipeline.stages.import_tokenizer import ImportTokenizer
+from pipeline.stages.loading import check_tokenizer, load_language_model, model_settings
+from pipeline.stages.train_tokenizer import TrainTokenizer
+from pipeline.text.corpus import HELD
+from pipeline.text.packing import WarmUp
+from pipeline.text.tokenizer_files import Bytes, Tiktoken
+from pipeline.text.tokenizers import TOKENIZER, load
+from pipeline.training.objectives import Distillation, Objective
+
+if TYPE_CHECKING:
+    from pipeline.models.transformer import Transformer
+    from pipeline.stage import Context
+    from pipeline.stages.finetune import Finetune
+    from pipeline.stages.pretrain import Pretrain
+    from pipeline.text.loader import Loader
+    from pipeline.text.stream import TokenStream
+    from pipeline.training.objectives.batch import Examples
+
+TEACHER = "objective.teacher"
+INIT_FROM = "init_from"
+
+
+def settle_model(stage: "Pretrain", inputs: Mapping[str, Artifact], tokens: Artifact) -> AnyModel:
+    """Return the settings of the model, with the vocabulary of the tokens or of the model it goes on with.
+
+    Raises:
+        ArtifactError: If a model that is read has another tokenizer than the tokens.
+        ConfigError: If the settings do not fit the objective, or the vocabulary does not fit the model.
+    """
+    source = inputs.get(INIT_FROM)
+    taken = None if source is None else model_settings(source)
+    for other in filter(None, (source, inputs.get(TEACHER))):
+        check_tokenizer(other, tokens, may_grow=other is source)
+    config = stage.model or (taken or Decoder()).model_copy(update={"vocab_size": None})
+    vocab_size = tokens.stats["vocab_size"]
+    if config.vocab_size is None:
+        known = vocab_size if taken is None else max(vocab_size, taken.real_vocab_size)
+        config = config.model_copy(update={"vocab_size": known})
+    elif config.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: wanted at least {vocab_size}, the vocabulary of {tokens.path}, found "
+            f"{config.vocab_size}; leave it null to take that"
+        )
+    if problems := [f"{name}: {problem}" for name, problem in stage.check_model(config)]:
+        raise ConfigError(*problems)
+    return config
+
+
+def build_model(stage: "Pretrain", config: AnyModel, ctx: "Context") -> "Transformer":
+    """Return the model with its first weights. Raises ConfigError if those of `init_from` do not fit."""
+    from pipeline.models.initial import init_weights
+    from pipeline.models.loss import TokenLoss
+    from pipeline.models.transfer import take_weights
+    from pipeline.models.transformer import Transformer
+
+    if isinstance(stage.objective, Distillation):
+        model: Transformer = _student(stage.objective, config, ctx.inputs[TEACHER])
+    else:
+        model = Transformer(config)
+    init_weights(model, stage.seed)
+    ctx.log(f"{config.num_params():,} parameters")
+    if INIT_FROM in ctx.inputs:
+        fresh, unused = take_weights(model, load_language_model(ctx.inputs[INIT_FROM]))
+        if fresh:
+            ctx.log(f"not in {INIT_FROM}, so they begin anew: {', '.join(fresh)}")
+        if unused:
+            ctx.log(f"of {INIT_FROM} not used: {', '.join(unused)}")
+    model.token_loss = TokenLoss(stage.label_smoothing, stage.z_loss)
+    return model
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked: settings of pretraining, or of an evaluation."""
+
+    objective: Objective
+    seq_len: int
+    document_mask: bool
+
+
+def make_examples(task: str, asked: Question, seed: int, tokens: Artifact) -> "Examples":
+    """Return what makes examples of rows. Raises ArtifactError if the tokenizer lacks a token that they need."""
+    import numpy as np
+
+    from pipeline.training.objectives.batch import Examples
+    from pipeline.training.objectives.objective import SpecialIds
+    from pipeline.training.objectives.vocabulary import special_ids
+
+    names, end, size = asked.objective.special_tokens(), tokens.stats["end_of_text_id"], tokens.stats["vocab_size"]
+    if names:
+        try:
+            ids = special_ids(load(tokens.file(TOKENIZER)), names, end)
+        except ArtifactError as error:
+            raise ArtifactError(f"{task}.{error}") from None
+    else:  # then it asks nothing of the vocabulary
+        nothing = np.zeros(size, np.bool_)
+        ids = SpecialIds({}, end, size, nothing, nothing, nothing)
+    return Examples(asked.objective, ids, asked.seq_len, asked.document_mask, seed)
+
+
+def open_held(task: str, tokens: Mapping[str, Artifact]) -> "dict[str, TokenStream]":
+    """Return the held-out documents of the sources that have any. Raises ArtifactError if none has."""
+    from pipeline.text.stream import open_stream
+
+    held = {name: open_stream(artifact, HELD) for name, artifact in tokens.items() if artifact.parts(HELD)}
+    if not held:
+        fractions = ", ".join(str(artifact.manifest.stage["held_out_fraction"]) for artifact in tokens.values())
+        raise ArtifactError(
+            f"{task}.tokens: no document is held out for validation (held_out_fraction of tokenize: {fractions}); "
+            "hold out more or use more text"
+        )
+    return held
+
+
+def describe(stage: "Pretrain", loader: "Loader", held: "Mapping[str, TokenStream]") -> Iterator[str]:
+    """Yield a line for every source, how much there is of it and is trained on, and one for lengths that change."""
+    counts = loader.counts(stage.steps).items()
+    for (name, count), stream, size in zip(counts, loader.streams, loader.sizes, strict=True):
+        share = count / (stage.steps * stage.batch_rows)
+        yield (
+            f"{name}: {100 * share:.3g} % of training, {count / size:.2f} epochs of {stream.num_tokens:,} tokens "
+            f"in {size:,} rows ({100 * stream.num_tokens / (size * loader.order.seq_len):.4g} % full); "
+            f"{held[name].num_tokens if name in held else 0:,} tokens held out"
+        )
+    if stage.seq_len_warmup:
+        yield from _describe_warmup(stage.seq_len_warmup, stage)
+
+
+def check_special_tokens(objective: Objective, field: str, maker: Stage | None) -> Iterator[tuple[str, str]]:
+    """Yield the problem of special tokens that the tokenizer of `field` will lack, as far as its stage says so."""
+    known = None
+    if isinstance(maker, TrainTokenizer):
+        known = set(maker.special_tokens)
+    elif isinstance(maker, ImportTokenizer) and isinstance(maker.vocabulary, Bytes | Tiktoken):
+        fixed = maker.vocabulary.special_ids if isinstance(maker.vocabulary, Tiktoken) else {}
+        known = {*maker.special_tokens, *fixed}
+    missing = [] if known is None else [token for token in objective.special_tokens() if token not in known]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        yield (
+            "objective",
+            f"'{objective.kind}' needs the special token '{missing[0]}'{more}, which the tokenizer of {field} will not "
+            "have; name it in its special_tokens",
+        )
+
+
+def _student(objective: Distillation, config: AnyModel, source: Artifact) -> "Transformer":
+    from pipeline.models.distillation import Student
+
+    teacher = load_language_model(source)
+    if teacher.config.kind != config.kind:
+        raise ConfigError(
+            f"{TEACHER}: wanted a model of kind '{config.kind}', found one of kind '{teacher.config.kind}'"
+        )
+    if teacher.config.real_vocab_size > config.real_vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: wanted at least {teacher.config.real_vocab_size}, the teacher's, found "
+            f"{config.real_vocab_size}"
+        )
+    return Student(config, teacher, objective.temperature)
+
+
+def _describe_warmup(warmup: list[WarmUp], stage: "Pretrain") -> Iterator[str]:
+    """Yield which steps have sequences of which length."""
+    first, stretches = 1, []
+    for part in warmup:
+        last = min(-(-part.tokens // stage.batch_tokens), stage.steps)
+        if last >= first:
+            stretches.append(f"{part.seq_len} tokens in steps {first:,} to {last:,}")
+            first = last + 1
+    if first <= stage.steps:
+        stretches.append(f"{stage.seq_len} tokens from step {first:,} on")
+    yield f"sequence length: {', '.join(stretches)}"
+
+
+def coefficients(objective: Objective, config: AnyModel) -> dict[str, float]:
+    """Return what each term of the loss is multiplied with in training, where that is not 1."""
+    found: dict[str, float] = {}
+    if config.experts is not None:
+        found |= {"balance": config.experts.balance_loss, "router_z": config.experts.router_z_loss}
+    if isinstance(objective, Distillation):
+        ahead = range(1, 1 + (config.predict_ahead if isinstance(config, Decoder) else 0))
+        own = ["tokens", "sentence", *(f"ahead_{number}" for number in ahead)]
+        found |= dict.fromkeys(own, 1 - objective.weight) | {"distill": objective.weight}
+    return found
+
+
+def check_engine(rows: int, field: str, stage: "Pretrain | Finetune", run: Run) -> Iterator[tuple[str, str]]:
+    """Yield what DeepSpeed's settings cannot be made of: a batch that does not divide, a contradiction."""
+    try:
+        shape = shape_batch(rows, run.microbatch_sequences, run.ranks)
+    except ConfigError as error:
+        yield field, str(error)
+        return
+    try:
+        deepspeed_json(
+            EngineSettings(shape, run.parallel.zero, stage.precision, stage.clip_norm, run.parallel.deepspeed)
+        )
+    except ConfigError as error:
+        yield from ((field, problem) for problem in error.problems)
