@@ -33,8 +33,8 @@ from pipeline.text.packing import AnyPacking, Contiguous, WarmUp, check_warmup
 from pipeline.text.tokenizers import TOKENIZER
 from pipeline.training.averaging import AnyAverage
 from pipeline.training.objectives import AnyObjective, Causal
-from pipeline.training.optim import AdamW, AnyOptimizer
-from pipeline.training.schedule import AnySchedule, Cosine
+from pipeline.training.optim import AnyOptimizer, Muon
+from pipeline.training.schedule import AnySchedule, Linear
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +67,8 @@ class Pretrain(Stage):
         seq_len: Positions of a training sequence, of an encoder-decoder those of its encoder.
         seq_len_warmup: Shorter sequences at the beginning: each row is cut into several, the batch stays the same.
         batch_tokens: Positions of one optimizer step, over all ranks.
+        optimizer: The defaults, and those of `schedule`, suit some million parameters and some million tokens
+            (`bench/quality.py`); larger models want smaller rates.
         label_smoothing: Share of the target that is spread over the whole vocabulary (Szegedy et al. 2016,
             arXiv:1512.00567); in training only.
         z_loss: Weight of the squared logarithm of the softmax's normalizer (PaLM, arXiv:2204.02311, section 5); in
@@ -93,10 +95,10 @@ class Pretrain(Stage):
     init_from: Annotated[str | None, Input("model")] = None
     seq_len: int = Field(default=256, ge=1)
     seq_len_warmup: list[WarmUp] = []
-    batch_tokens: int = Field(default=8192, ge=1)
+    batch_tokens: int = Field(default=2048, ge=1)
     steps: int = Field(ge=1, le=10**12)
-    optimizer: AnyOptimizer = AdamW()
-    schedule: AnySchedule = Cosine()
+    optimizer: AnyOptimizer = Muon(lr=1e-2, adamw_lr=4e-2)
+    schedule: AnySchedule = Linear()
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     z_loss: float = Field(default=0.0, ge=0)
     average: AnyAverage | None = None

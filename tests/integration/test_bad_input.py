@@ -55,7 +55,7 @@ def refused(tmp_path, *arguments, status) -> str:
         (["job=tiny", "tasks.pretrain.optimizer.lr=inf"], "tasks.pretrain.optimizer.lr: wanted a finite number"),
         (
             ["job=tiny", "tasks.pretrain.schedule.warmup_fraction=0.1"],
-            "schedule.kind: missing; say which kind: cosine or",
+            "schedule.kind: missing; say which kind: constant or cosine or",
         ),
         (["job=tiny", "tasks.generate.prompt=42"], "tasks.generate.prompt: wanted a valid array, found 42"),
         (["job=tiny", "tasks.generate.prompt=[]"], "tasks.generate.prompt: value should have at least 1 item"),
