@@ -27,7 +27,7 @@ IGNORED = -100  # a label that has no loss
 CHUNK = 1 << 16  # samples whose places are computed at one time: one by one they would cost a hundred times as much
 KEPT_CHUNKS = 4
 ROWS_AT_ONCE = 64  # that are copied before they become int64: what stays in a cache
-AHEAD_TOKENS = 1 << 17  # of steps that are read at one time, if one follows the other: each by itself costs more
+AHEAD_TOKENS = 1 << 16  # of steps that are read at one time, if one follows the other: each by itself costs more
 
 
 @dataclass(frozen=True)

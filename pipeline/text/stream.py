@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -92,36 +92,50 @@ def _check_numbers(tokens: Artifact, names: Sequence[str]) -> None:
         raise ArtifactError(f"{tokens.place}: its manifest has no sensible {', '.join(bad)}; tokenize again")
 
 
-@dataclass(frozen=True)
 class _Places:
-    """Where the record batches of some parts lie.
+    """Where the record batches of some parts lie in memory.
+
+    All parts are seen as one array, from the first mapped file to the last: what lies between two files is never read.
+    So numpy copies rows of any parts in one call.
 
     Attributes:
         parts: By their number, in order.
         starts, stops: First token of each batch within the stream, and the one after its last.
-        moves: What to add to a token's place in the stream to get its place in its part's file.
-        views: The file of each batch.
+        moves: What to add to a token's place in the stream to get its place in the array.
     """
 
-    parts: dict[int, TokenPart]
-    starts: Tokens
-    stops: Tokens
-    moves: Tokens
-    views: list[memoryview]
-
-    @classmethod
-    def of(cls, parts: dict[int, TokenPart], begins: Sequence[int]) -> Self:
+    def __init__(self, parts: dict[int, TokenPart], begins: Sequence[int]) -> None:
         """Look the batches of parts up; `begins` has the first token of every part."""
-        if not parts:
-            empty = np.zeros(0, np.int64)
-            return cls(parts, empty, empty, empty, [])
-        return cls(
-            parts,
-            np.concatenate([part.starts[:-1] + begins[number] for number, part in parts.items()]),
-            np.concatenate([part.starts[1:] + begins[number] for number, part in parts.items()]),
-            np.concatenate([part.places - part.starts[:-1] - begins[number] for number, part in parts.items()]),
-            [view for part in parts.values() for view in [part.flat.data] * part.num_batches],
+        self.parts = parts
+        self._lowest = min((part.flat for part in parts.values()), key=_address, default=np.zeros(0, np.uint16))
+        size, first = self._lowest.itemsize, _address(self._lowest)
+        ends = [(_address(part.flat) - first) // size + len(part.flat) for part in parts.values()]
+        self._size, self._windows = max(ends, default=0), dict[int, npt.NDArray[Any]]()
+        empty = [np.zeros(0, np.int64)]
+        self.starts, self.stops, self.moves = (
+            np.concatenate([*arrays, *empty])
+            for arrays in (
+                [part.starts[:-1] + begins[number] for number, part in parts.items()],
+                [part.starts[1:] + begins[number] for number, part in parts.items()],
+                [
+                    part.places - part.starts[:-1] - begins[number] + (_address(part.flat) - first) // size
+                    for number, part in parts.items()
+                ],
+            )
         )
+
+    def copy(self, firsts: Tokens, length: int) -> npt.NDArray[Any]:
+        """Return tokens [first, first + length) of the array for each [firsts, length]; all must be of one batch."""
+        if length not in self._windows:
+            shape, step = (self._size - length + 1, length), self._lowest.itemsize
+            windows = np.lib.stride_tricks.as_strided(self._lowest, shape, (step, step), writeable=False)
+            self._windows[length] = windows
+        rows: npt.NDArray[Any] = self._windows[length][firsts]
+        return rows
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    return int(array.ctypes.data)
 
 
 class TokenStream:
@@ -158,7 +172,7 @@ class TokenStream:
         self.num_tokens = int(self.begins[-1])
         self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self._parts: dict[int, TokenPart] = {}
-        self._known = _Places.of({}, self.begins)
+        self._known = _Places({}, self.begins)
 
     def read(self, start: int, length: int) -> Tokens:
         """Return tokens [start, start + length) of the stream; the one before the first is the end of a text.
@@ -186,34 +200,32 @@ class TokenStream:
             ArtifactError: If one of the ids is outside the vocabulary, or a part is damaged.
         """
         numbers = self._begins.searchsorted(starts, side="right") - 1
-        places = self._places(set(numbers.clip(0).tolist()))
+        places = self._known
+        if len(places.parts) < len(self.names):
+            places = self._places(set(numbers.clip(0).tolist()))
         batches = places.starts.searchsorted(starts, side="right") - 1
         firsts = starts + places.moves[batches]
-        pieces: list[Any] = [
-            view[first:last]
-            for view, first, last in zip(
-                map(places.views.__getitem__, batches.tolist()),
-                firsts.tolist(),
-                (firsts + length).tolist(),
-                strict=True,
-            )
-        ]
-        for row in ((starts < 0) | (starts + length > places.stops[batches])).nonzero()[0].tolist():
-            pieces[row] = self.read(int(starts[row]), length).astype(self.dtype)  # goes on in another batch or part
-        ids = np.frombuffer(b"".join(pieces), self.dtype).reshape(len(starts), length)
+        inside = (starts >= 0) & (starts + length <= places.stops[batches])
+        if inside.all():
+            ids = places.copy(firsts, length)
+        else:
+            ids = np.empty((len(starts), length), self.dtype)
+            ids[inside] = places.copy(firsts[inside], length)
+            for row in (~inside).nonzero()[0].tolist():  # goes on in another batch or part
+                ids[row] = self.read(int(starts[row]), length)
         if len(ids) and ids.max() >= self.vocab_size:
             for number, tokens in zip(numbers.tolist(), ids, strict=True):
                 self._checked(max(number, 0), tokens)
         return ids
 
-    def _places(self, needed: set[int]) -> "_Places":
+    def _places(self, needed: set[int]) -> _Places:
         """Return where the batches lie of some parts, and of others that are known already."""
         places = self._known
         if not places.parts.keys() >= needed:
             parts = {number: self._part(number) for number in needed}
             if len(places.parts) + len(parts) <= MAX_OPEN_PARTS:
                 parts = {**places.parts, **parts}
-            places = self._known = _Places.of({number: parts[number] for number in sorted(parts)}, self.begins)
+            places = self._known = _Places({number: parts[number] for number in sorted(parts)}, self.begins)
         return places
 
     def part_of(self, token: int) -> int:
