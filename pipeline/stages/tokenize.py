@@ -72,7 +72,7 @@ class Tokenize(Stage):
         encoder = Encoder(tokenizer, engine, end, self.held_out_fraction)
         directory = ctx.directory / WORK / PARTIAL
         for unit in ctx.units(corpus.parts(), "parts"):
-            files = PartEncoder(encoder, corpus.file(unit.name), directory).run(ctx.should_stop)
+            files = PartEncoder(encoder, corpus.proven_file(unit.name), directory).run(ctx.should_stop)
             for name, written in files.items():
                 with unit.write(name, written.file) as path:
                     (directory / name).replace(path)
@@ -155,4 +155,4 @@ def sample_corpus(corpus: Artifact) -> list[str]:
     """Return some texts from all over the corpus; the same on every rank."""
     parts = corpus.parts()
     chosen = dict.fromkeys(parts[number * len(parts) // SAMPLE_PARTS] for number in range(SAMPLE_PARTS))
-    return [text[:SAMPLE_CHARS] for name in chosen for text in sample_texts(corpus.file(name), SAMPLE_TEXTS)]
+    return [text[:SAMPLE_CHARS] for name in chosen for text in sample_texts(corpus.proven_file(name), SAMPLE_TEXTS)]
