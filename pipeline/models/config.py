@@ -224,10 +224,12 @@ class EncoderDecoder(Shape):
 
     Attributes:
         num_decoder_layers: Null is as many as `num_layers`, which are the encoder's.
+        decoder_start_id: What the decoder reads first; null is the id that ends a text.
     """
 
     kind: Literal["encoder_decoder"] = "encoder_decoder"
     num_decoder_layers: int | None = Field(default=None, gt=0)
+    decoder_start_id: int | None = Field(default=None, ge=0)
 
     @property
     def decoder_layers(self) -> int:

@@ -37,6 +37,8 @@ def read_config(directory: Path) -> ModelFile:
         raise ArtifactError(f"{directory}: no {CONFIG_FILE}; wanted a saved model") from None
     except ValueError as error:
         raise ArtifactError(f"{path}: not JSON ({error}); save the model again") from None
+    if isinstance(data, dict) and data.get("format") == 1:
+        raise ArtifactError(f"{directory}: made by an earlier version, whose models had other weights; make it again")
     if not isinstance(data, dict):
         raise ArtifactError(f"{path}: wanted a JSON object, found {type(data).__name__}")
     try:
@@ -54,6 +56,6 @@ def is_theirs(directory: Path) -> bool:
         data = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except ValueError:
+    except (ValueError, RecursionError, OSError):
         return True
     return isinstance(data, dict) and not data.keys().isdisjoint(("model_type", "architectures"))

@@ -159,7 +159,11 @@ class _Chunked(torch.autograd.Function):
                 dbias_V += dlogits_MV.sum(0)
             dlogits_MV = (dlogits_MV if output.scale == 1.0 else dlogits_MV * output.scale).to(x_ND.dtype)
             dx_ND[chunk] = dlogits_MV @ weight_VD
-            dweight_VD += dlogits_MV.T @ x_ND[chunk]
+            if dlogits_MV.dtype == torch.float32:
+                dweight_VD.addmm_(dlogits_MV.T, x_ND[chunk])  # no matrix of its size beside it
+            else:
+                dweight_VD += dlogits_MV.T @ x_ND[chunk]
+            del logits_MV, dlogits_MV, slope_MV  # before the next chunk has its own
         if dx_ND is not None and dweight_VD is not None:
             ctx.has_bias = dbias_V is not None
             dbias = [] if bias_V is None or dbias_V is None else [dbias_V.to(bias_V.dtype)]

@@ -88,7 +88,7 @@ class Evaluate(Stage):
                 f"{tokens.place}: holds out no document to evaluate on; tokenize with a larger held_out_fraction"
             )
         held = open_stream(tokens, HELD)
-        result = score(model, held, make_examples(ctx.task, asked, SEED, tokens))
+        result = score(model, held, make_examples(ctx.task, asked, SEED, tokens, model.config))
         metrics: Stats = {"loss": result.loss, "perplexity": result.perplexity}
         metrics |= {f"loss.{name}": mean for name, mean in name_terms(asked.objective, result).items()}
         if predicts_text(asked.objective):

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, StringConstraints
 
 from pipeline.artifact import Artifact
 from pipeline.errors import ConfigError, Preempted
+from pipeline.models.config import AnyModel, EncoderDecoder
 from pipeline.models.files import CONFIG_FILE, is_theirs
 from pipeline.models.generation.settings import AnyDecoding, FillMask, Sample, Writing, check_decoding
 from pipeline.progress import terminal_width
@@ -125,7 +126,7 @@ def _write(
     special = tokenizer.special_tokens if stage.special_tokens else ()
     encoded = [encode_prompt(tokenizer, prompt, special) for prompt in stage.prompt]
     # As in training: a text begins after the end of the one before, and what an encoder reads has an end.
-    start = _begins_with(ctx.inputs["model"], answers)
+    start = _begins_with(ctx.inputs["model"], model.config)
     prompts = [[*ids, end] if answers else [start, *ids] for ids in encoded]
     refuse(check_decoding(decoding, model.config), check_prompts(model.config, prompts))
     rows: list[dict[str, Any]] = []
@@ -185,13 +186,14 @@ def _special_id(tokenizer: Tokenizer, token: str) -> int:
         raise ConfigError(f"decoding.mask_token: {error}") from None
 
 
-def _begins_with(source: Artifact, answers: bool) -> int:
+def _begins_with(source: Artifact, config: AnyModel) -> int:
     """Return what a decoder reads first: the token that ends a text, and where others made the model what they say."""
     end: int = source.stats["end_of_text_id"]
+    if isinstance(config, EncoderDecoder):
+        return end if config.decoder_start_id is None else config.decoder_start_id
     if not is_theirs(source.path):
         return end
-    said = json.loads(source.file(CONFIG_FILE).read_text("utf-8"))
-    first = said.get("decoder_start_token_id" if answers else "bos_token_id")
+    first = json.loads(source.file(CONFIG_FILE).read_text("utf-8")).get("bos_token_id")
     return first if isinstance(first, int) else end
 
 

@@ -235,7 +235,8 @@ def _said_id(directory: Path) -> int | None:
 def _token_ids(path: Path) -> dict[str, int]:
     """Return the ids of the tokens that a `tokenizer.json` adds to its vocabulary: all special ones are of them."""
     added = _read_object(path).get("added_tokens")
-    return {token["content"]: token["id"] for token in added} if isinstance(added, list) else {}
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return {token["content"]: token["id"] for token in tokens if {"content", "id"} <= token.keys()}
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -244,7 +245,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not JSON ({error}); copy the model again") from None
     return data if isinstance(data, dict) else {}
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.models.config import AnyModel, Decoder
+from pipeline.models.config import AnyModel, Decoder, EncoderDecoder
 from pipeline.parallel.engine import EngineSettings, deepspeed_json
 from pipeline.parallel.mesh import shape_batch
 from pipeline.stage import Run, Stage
@@ -90,8 +90,10 @@ class Question:
     document_mask: bool
 
 
-def make_examples(task: str, asked: Question, seed: int, tokens: Artifact) -> "Examples":
+def make_examples(task: str, asked: Question, seed: int, tokens: Artifact, config: AnyModel) -> "Examples":
     """Return what makes examples of rows. Raises ArtifactError if the tokenizer lacks a token that they need."""
+    from dataclasses import replace
+
     import numpy as np
 
     from pipeline.training.objectives.batch import Examples
@@ -107,6 +109,8 @@ def make_examples(task: str, asked: Question, seed: int, tokens: Artifact) -> "E
     else:  # then it asks nothing of the vocabulary
         nothing = np.zeros(size, np.bool_)
         ids = SpecialIds({}, end, size, nothing, nothing, nothing)
+    if isinstance(config, EncoderDecoder):
+        ids = replace(ids, decoder_start=config.decoder_start_id)
     return Examples(asked.objective, ids, asked.seq_len, asked.document_mask, seed)
 
 

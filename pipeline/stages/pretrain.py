@@ -97,7 +97,7 @@ class Pretrain(Stage):
     seq_len_warmup: list[WarmUp] = []
     batch_tokens: int = Field(default=2048, ge=1)
     steps: int = Field(ge=1, le=10**12)
-    optimizer: AnyOptimizer = Muon(lr=1e-2, adamw_lr=4e-2)
+    optimizer: AnyOptimizer = Muon()
     schedule: AnySchedule = Linear()
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     z_loss: float = Field(default=0.0, ge=0)
@@ -166,6 +166,12 @@ class Pretrain(Stage):
             yield TEACHER, f"wanted a model of kind '{config.kind}', found one of kind '{teacher.kind}'"
         if self.seq_len > teacher.max_seq_len:
             yield TEACHER, f"reads {teacher.max_seq_len} positions, fewer than seq_len ({self.seq_len})"
+        targets = getattr(getattr(self.objective, "objective", None), "target_len", lambda seq_len: 0)(self.seq_len)
+        if targets > teacher.max_seq_len:
+            yield (
+                TEACHER,
+                f"its decoder reads {teacher.max_seq_len} positions, fewer than the {targets} targets of a row",
+            )
 
     @property
     def planned_model(self) -> AnyModel | None:
@@ -219,7 +225,7 @@ class Pretrain(Stage):
             raise ConfigError(*(f"{ctx.task}.{problem}" for problem in error.problems)) from None
         held = open_held(ctx.task, tokens)
         asked = Question(self.objective, self.seq_len, self.document_mask)
-        examples = make_examples(ctx.task, asked, self.seed, first)
+        examples = make_examples(ctx.task, asked, self.seed, first, config)
         validation = Validation(held, replace(examples, seed=SEED), self.validation_sequences)
         for line in describe(self, loader, held):
             ctx.log(line)

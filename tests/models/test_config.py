@@ -106,11 +106,11 @@ def test_a_config_that_is_not_ours_is_refused(tmp_path):
     path.write_text("[]")
     with pytest.raises(ArtifactError, match=r"config\.json: wanted a JSON object, found list"):
         read_config(tmp_path)
-    path.write_text('{"model": {"kind": "decoder", "num_layer": 2}, "format": 1}')
+    path.write_text('{"model": {"kind": "decoder", "num_layer": 2}, "format": 3}')
     with pytest.raises(ArtifactError) as error:
         read_config(tmp_path)
     lines = sorted(str(error.value).splitlines())
-    assert lines[0] == f"{path}: format: wanted 2, found 1"
+    assert lines[0] == f"{path}: format: wanted 2, found 3"
     assert lines[1] == f"{path}: model.num_layer: no such setting; did you mean 'num_layers'?"
 
 

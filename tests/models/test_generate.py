@@ -248,7 +248,7 @@ def test_all_that_cannot_be_read_is_told_at_once():
         (Sample, {"top_k": 0}, "top_k: wanted greater than or equal to 1"),
         (Sample, {"top_p": 1.5}, "top_p: wanted less than or equal to 1"),
         (Sample, {"min_p": 0.0}, "min_p: wanted greater than 0"),
-        (Sample, {"repetition_penalty": 0}, "repetition_penalty: wanted greater than 0"),
+        (Sample, {"repetition_penalty": 0}, "repetition_penalty: wanted greater than or equal to 0.01"),
         (Greedy, {"top_k": 3}, "top_k: no such setting"),
         (BeamSearch, {"num_beams": 1}, "num_beams: wanted greater than or equal to 2"),
         (FillMask, {"candidates": 0}, "candidates: wanted greater than or equal to 1"),

@@ -33,7 +33,7 @@ OF_TRAINING_OR_WEIGHTS = {
     "experts.d_ff",
 }
 # Settings that only other families or other settings give a meaning.
-OF_OTHERS = {"relative_buckets", "relative_max_distance", "dense_layers"}
+OF_OTHERS = {"relative_buckets", "relative_max_distance", "dense_layers", "decoder_start_id"}
 
 
 class Model(Settings):

@@ -27,7 +27,7 @@ from pipeline.training.optim import Adafactor, AdamW, Lion, Muon, ScheduleFreeAd
 STEPS, STOP, ROWS, CLIP = 8, 5, 4, 0.5
 CASES = {
     "adamw": (AdamW(lr=3e-2), None),
-    "muon": (Muon(lr=5e-2, adamw_lr=3e-2), None),
+    "muon": (Muon(lr=5e-2, adamw_lr_scale=0.6), None),
     "lion": (Lion(lr=1e-2, weight_decay=0.1), None),
     "adafactor": (Adafactor(lr=0.1, weight_decay=0.1), None),
     "schedule_free_adamw": (ScheduleFreeAdamW(lr=3e-2), None),

@@ -27,8 +27,7 @@ def settings(tokens: Path, root: Path, world: int) -> list[object]:
     )
     return [
         "stage=pretrain",
-        "~stage.model",
-        f"+stage.model={MODEL}",
+        f"stage.model={MODEL}",
         f"stage.tokens={{a:{tokens},b:{tokens}}}",
         f"stage.mixture={mixture}",
         "stage.max_epochs=null",

@@ -26,8 +26,7 @@ def pretrain(tiny_tokens, tmp_path):
         settings = {"tokens": tiny_tokens, "seq_len": 32, "batch_tokens": 512, "steps": 20, "validation_sequences": 8}
         return [
             "stage=pretrain",
-            "~stage.model",
-            f"+stage.model={model.replace(' ', '')}",
+            f"stage.model={model.replace(' ', '')}",
             f"root={tmp_path / root}",
             *(f"stage.{key}={value}" for key, value in settings.items()),
             *more,

@@ -276,7 +276,7 @@ def test_two_ranks_learn_what_one_learns(tokens, tmp_path):
         shape = "{kind:encoder,d_model:32,num_layers:1,num_heads:2,max_seq_len:64,token_types:2,pooler:true}"
         words = [f"stage.{key}={value}" for key, value in settings.items()]
         run_pipeline(
-            "stage=pretrain", "~stage.model", f"+stage.model={shape}", *words, f"run.ranks={ranks}",
+            "stage=pretrain", f"stage.model={shape}", *words, f"run.ranks={ranks}",
             f"root={tmp_path / str(ranks)}",
         )  # fmt: skip
         return rows_of(open_artifact(next((tmp_path / str(ranks) / "model").iterdir())))

@@ -163,7 +163,7 @@ def test_models_and_settings_that_do_not_fit_are_refused():
     ]
     assert [name for name, _ in objective.check(Decoder(), 256)] == ["objective.kind"]
     for settings, message in (
-        ({"noise_density": 1.0}, "objective.noise_density: wanted less than 1"),
+        ({"noise_density": 1.0}, "objective.noise_density: wanted less than or equal to 0.95"),
         ({"mean_span": 0.5}, "objective.mean_span: wanted greater than or equal to 1"),
         ({"sentinel": "<extra_id>"}, "objective.sentinel: "),
     ):

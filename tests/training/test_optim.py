@@ -121,6 +121,11 @@ def test_muon():
     torch.testing.assert_close(after, muon(before, gradients("block.weight")), rtol=1e-4, atol=1e-5)
 
 
+def test_under_mup_a_matrix_learns_at_the_root_of_adamws_rate():
+    groups = Muon().build(Model(), {"block.weight": 0.25}).param_groups
+    assert {group["lr_scale"] for group in groups if group["rule"] == "muon"} == {0.5, 1.0}
+
+
 def test_muon_takes_experts_one_by_one():
     before, after, _, _ = learn(Muon(), "experts")
     for expert in range(2):
@@ -131,16 +136,16 @@ def test_muon_takes_experts_one_by_one():
 @pytest.mark.parametrize(
     ("name", "decay"), [("embedding.weight", 0.1), ("head.weight", 0.1), ("block.bias", 0.0), ("norm.weight", 0.0)]
 )
-@pytest.mark.parametrize("lr", [None, 2e-3])
-def test_muon_leaves_the_rest_to_adamw(name, decay, lr):
-    before, after, _, _ = learn(Muon(lr=1e-3, adamw_lr=lr), name)
-    wanted = adamw(before, gradients(name), decay, scale=1.0 if lr is None else 2.0)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_muon_leaves_the_rest_to_adamw(name, decay, scale):
+    before, after, _, _ = learn(Muon(adamw_lr_scale=scale), name)
+    wanted = adamw(before, gradients(name), decay, scale=scale)
     torch.testing.assert_close(after, wanted, **EXACT)
 
 
 def test_muons_step_is_as_large_as_adamws():
     model = nn.Sequential(nn.Linear(48, 32, bias=False))
-    optimizer = Muon(weight_decay=0.0).build(model)
+    optimizer = Muon(lr=1e-3, weight_decay=0.0).build(model)
     before = model[0].weight.detach().clone()
     model[0].weight.grad = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
     optimizer.step()
@@ -151,12 +156,13 @@ def test_muons_step_is_as_large_as_adamws():
 def test_what_muon_makes_orthogonal():
     names = ["embedding.weight", "position_embedding.weight", "token_type_embedding.weight", "head.weight"]
     names += ["decoder.relative.weight", "trunk.embedding.weight", "sentence_head.weight"]
+    names += ["decoder.blocks.1.mlp.router.weight"]
     inner = [
         "decoder.blocks.0.attention.query.weight",
         "decoder.blocks.0.mlp.experts.up",
         "head_transform.dense.weight",
     ]
-    inner += ["decoder.blocks.1.mlp.router.weight", "ahead.0.mlp.down.weight", "head_transform.dense.weight"]
+    inner += ["ahead.0.mlp.down.weight", "head_transform.dense.weight"]
     matrix, vector = torch.zeros(2, 2), torch.zeros(2)
     assert {Muon()._rule(name, matrix) for name in names} == {"adamw"}
     assert {Muon()._rule(name, matrix) for name in inner} == {"muon"}

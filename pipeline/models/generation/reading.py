@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from pipeline.errors import ArtifactError
 from pipeline.models.cache import Cache
 from pipeline.models.config import EncoderDecoder
 from pipeline.models.transformer import Transformer
@@ -99,7 +100,12 @@ class Reader:
             assert self.model.decoder is not None
             x_BTD, _ = self.model.decode(ids_BT, self.memory_BSD, self.memory_documents_BS, None, self.cache)
             x_BTD = self.model.decoder.finish(x_BTD)
-        return self.model.logits(x_BTD[:, -1]).float()
+        logits_BV = self.model.logits(x_BTD[:, -1]).float()
+        if logits_BV.isnan().any():
+            raise ArtifactError(
+                "the model's logits are not numbers: its training went wrong, or its weights are damaged"
+            )
+        return logits_BV
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,9 @@ def sample(
     if top_p is not None:
         mass_B1 = probabilities_BV.sum(-1, keepdim=True)
         before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
-        probabilities_BV = probabilities_BV.where(before_BV < top_p * mass_B1, 0.0)
+        kept_BV = before_BV < top_p * mass_B1
+        kept_BV[:, 0] = True  # though p times the mass may be no number above 0
+        probabilities_BV = probabilities_BV.where(kept_BV, 0.0)
     if min_p is not None:
         probabilities_BV = probabilities_BV.where(probabilities_BV >= min_p * probabilities_BV[:, :1], 0.0)
     ends_BV = probabilities_BV.cumsum(-1)

@@ -8,7 +8,7 @@ from pydantic import Field
 from pipeline.models.config import AnyModel
 from pipeline.settings import Choice
 
-RepetitionPenalty = Annotated[float | None, Field(default=None, gt=0)]
+RepetitionPenalty = Annotated[float | None, Field(default=None, ge=0.01, le=100)]
 
 
 class Greedy(Choice):
@@ -57,8 +57,8 @@ class BeamSearch(Choice):
     """
 
     kind: Literal["beam"] = "beam"
-    num_beams: int = Field(default=4, ge=2)
-    length_penalty: float = 1.0
+    num_beams: int = Field(default=4, ge=2, le=1024)
+    length_penalty: float = Field(default=1.0, ge=-10, le=10)
     repetition_penalty: RepetitionPenalty = None
 
 

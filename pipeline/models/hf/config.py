@@ -14,6 +14,11 @@ from pipeline.models.hf.tensors import tensor_names
 from pipeline.models.hf.translate import Theirs
 from pipeline.settings import Settings, decode
 
+# More than any model has; a number above comes from a damaged file.
+LARGEST = {"num_layers": 10_000, "num_decoder_layers": 10_000} | dict.fromkeys(
+    ("d_model", "d_ff", "vocab_size", "max_seq_len", "num_heads", "num_kv_heads", "head_width"), 2**31
+)
+
 
 class _Model(Settings):
     model: AnyModel
@@ -34,7 +39,16 @@ def read_hf_config(directory: Path) -> AnyModel:
 def read_layout(directory: Path) -> tuple[Layout, AnyModel]:
     """Return what `read_hf_config` does, and the layout of the directory."""
     path = directory / CONFIG_FILE
-    data = _read_json(path)
+    try:
+        return _read_layout(directory, path, _read_json(path))
+    except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RuntimeError) as error:
+        # what a setting of another type than theirs leads to, wherever it is used
+        raise ArtifactError(
+            f"{path}: a setting is not what it should be ({type(error).__name__}: {error}); copy the model again"
+        ) from None
+
+
+def _read_layout(directory: Path, path: Path, data: dict[str, Any]) -> tuple[Layout, AnyModel]:
     layout = _find_layout(path, data)
     theirs = Theirs(path, data, layout.defaults, tensor_names(directory))
     fields: dict[str, Any] = {"kind": layout.kind, "attention_scale": layout.attention_scale}
@@ -42,6 +56,8 @@ def read_layout(directory: Path) -> tuple[Layout, AnyModel]:
     fields |= {ours: theirs[name] for ours, name in layout.same.items()}
     for part in layout.parts:
         fields |= part.read(theirs)
+    if layout.kind == "encoder_decoder":
+        fields["decoder_start_id"] = data.get("decoder_start_token_id", data.get("pad_token_id", 0))  # T5's own
     if layout.dropouts:
         fields["dropout"] = float(theirs[layout.dropouts[0]])
     for name, wanted in layout.fixed.items():
@@ -50,6 +66,9 @@ def read_layout(directory: Path) -> tuple[Layout, AnyModel]:
         theirs.refuse("quantization_config", "none", data["quantization_config"].get("quant_method", "one"))
     if theirs.problems:
         raise ArtifactError("\n".join(theirs.problems))
+    for name, most in LARGEST.items():
+        if isinstance(fields.get(name), int) and fields[name] > most:
+            raise ArtifactError(f"{path}: in our settings: {name}: wanted at most {most:,}, found {fields[name]:,}")
     try:
         return layout, decode(_Model, {"model": _tidy(fields)}).model
     except ConfigError as error:
@@ -79,7 +98,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path.parent}: no {path.name}; wanted a model in Hugging Face's layout") from None
-    except ValueError as error:
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); wanted a file of JSON") from None
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not JSON ({error}); wanted a model in Hugging Face's layout") from None
     if not isinstance(data, dict):
         raise ArtifactError(f"{path}: wanted a JSON object, found {type(data).__name__}")

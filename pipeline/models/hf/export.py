@@ -113,7 +113,10 @@ def _scaled(model: Transformer, layout: Layout) -> dict[str, Tensor]:
 def _write_config(model: Transformer, layout: Layout, directory: Path, special_ids: Mapping[str, int]) -> None:
     from transformers import GenerationConfig
 
-    known = {**special_ids, "decoder_start": special_ids.get("eos")}
+    start = getattr(model.config, "decoder_start_id", None)
+    known = {**special_ids, "decoder_start": special_ids.get("eos") if start is None else start}
+    if layout.kind != "decoder":  # they are batched with padding, which is masked: any id will do
+        known = {"pad": special_ids.get("eos"), **known}
     ids = {name: known.get(name) for name in IDS_OF_CONFIG[layout.kind]}
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     text = json.dumps(to_hf_config(model.config, layout, dtype, ids), indent=2, sort_keys=True)

@@ -76,6 +76,10 @@ def _from_hf(config: AnyModel, layout: Layout, stored: _Stored) -> dict[str, Ten
     """Return our weights, all of the type that the embedding has."""
     state = dict(_ours(config, layout, stored))
     dtype = state["embedding.weight"].dtype
+    if odd := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+        raise ArtifactError(
+            f"{stored.directory}: '{odd[0]}': wanted numbers with a fraction, found {state[odd[0]].dtype}"
+        )
     return {name: tensor.to(dtype) for name, tensor in state.items()}
 
 

@@ -50,8 +50,8 @@ def _todays_name(name: str) -> str:
 def _indexed(path: Path) -> set[str]:
     """Return the names of the files that an index names."""
     try:
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = set(map(str, json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not an index of weights ({error!r}); copy the model again") from None
     for name in sorted(names):
         if Path(name).name != name or not (path.parent / name).is_file():
@@ -64,12 +64,10 @@ def _header(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= LARGEST_HEADER else None
-    except (struct.error, ValueError):
-        header = None
-    if not isinstance(header, dict):
-        raise ArtifactError(f"{path}: damaged, or not in safetensors' format; copy the model again")
-    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            header: dict[str, Any] = json.loads(file.read(length) if length <= LARGEST_HEADER else b"")
+            ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
+    except (struct.error, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        raise ArtifactError(f"{path}: damaged, or not in safetensors' format; copy the model again") from None
     wanted, found = 8 + length + max(ends, default=0), path.stat().st_size
     if found != wanted:
         raise ArtifactError(f"{path}: damaged: wanted {wanted} bytes, found {found}; copy the model again")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pipeline.training.objectives.objective import Objective, Row, SpecialIds
+from pipeline.training.objectives.objective import IGNORED, PADDING, Objective, Row, SpecialIds
 
 if TYPE_CHECKING:
     from pipeline.text.loader import Rows
-    from pipeline.training.objectives.objective import Example
+    from pipeline.training.objectives.objective import Array, Example
 
 
 class Causal(Objective):
@@ -21,12 +21,23 @@ class Causal(Objective):
     kind: Literal["causal"] = "causal"
 
     def make(self, row: Row, seed: int, seq_len: int, ids: SpecialIds, partner: Row | None = None) -> Example:
-        """Return the row as it is."""
-        return {"ids": row.inputs, "labels": row.tokens, "documents": row.documents}
+        """Return the row as it is, and where it holds nothing."""
+        return {"ids": row.inputs, "labels": row.tokens, "documents": _without_gaps(row.tokens, row.documents)}
 
     def make_many(
         self, rows: Rows, seeds: Sequence[int], seq_len: int, ids: SpecialIds, partners: Rows | None = None
     ) -> Example:
-        """Return the rows as they are; without documents if the rows have none."""
+        """Return the rows as they are; without documents if the rows have none, and no gaps."""
+        documents = _without_gaps(rows.labels, rows.documents)
         example: Example = {"ids": rows.inputs, "labels": rows.labels}
-        return example if rows.documents is None else {**example, "documents": rows.documents}
+        return example if documents is None else {**example, "documents": documents}
+
+
+def _without_gaps(labels: Array, documents: Array | None) -> Any:
+    """Return documents that are padding where there is no label; null if nobody numbers them and there is no gap."""
+    import numpy as np
+
+    gaps = labels == IGNORED
+    if not gaps.any():
+        return documents
+    return np.where(gaps, np.int32(PADDING), np.int32(0) if documents is None else documents)

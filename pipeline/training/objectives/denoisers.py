@@ -28,7 +28,7 @@ class Denoiser(Settings):
     """
 
     mode: str | None = Field(default=None, min_length=1)
-    noise_density: float = Field(gt=0, lt=1)
+    noise_density: float = Field(gt=0, le=0.95)
     mean_span: float | None = Field(default=None, ge=1)
     weight: float = Field(default=1.0, gt=0)
 

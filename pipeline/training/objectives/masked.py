@@ -33,7 +33,7 @@ class Masking(Objective):
     random_share: float = Field(default=0.1, ge=0, le=1)
     unit: Literal["token", "whole_word", "span"] = "token"
     span_stop: float = Field(default=0.2, gt=0, lt=1)
-    max_span_words: int = Field(default=10, ge=1)
+    max_span_words: int = Field(default=10, ge=1, le=1000)
     mask_token: str = Field(default="[MASK]", min_length=1)
 
     @model_validator(mode="after")

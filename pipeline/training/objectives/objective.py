@@ -47,6 +47,7 @@ class SpecialIds(Mapping[str, int]):
         special: Which ids stand for no text (or do not exist); bool [vocab_size].
         continues: Which ids go on with the word before them; bool [vocab_size].
         breaks: Which ids end in a space, so that what follows begins a word; bool [vocab_size].
+        decoder_start: What the decoder of an encoder-decoder reads first; null is the end of a text.
     """
 
     numbers: Mapping[str, int]
@@ -55,6 +56,7 @@ class SpecialIds(Mapping[str, int]):
     special: npt.NDArray[np.bool_]
     continues: npt.NDArray[np.bool_]
     breaks: npt.NDArray[np.bool_]
+    decoder_start: int | None = None
 
     def __getitem__(self, token: str) -> int:
         return self.numbers[token]

@@ -43,7 +43,7 @@ class SpanCorruption(Objective):
     term_names: ClassVar[dict[str, str]] = {"tokens": "spans"}
 
     kind: Literal["span_corruption"] = "span_corruption"
-    noise_density: float = Field(default=0.15, gt=0, lt=1)
+    noise_density: float = Field(default=0.15, gt=0, le=0.95)
     mean_span: float = Field(default=3.0, ge=1)
     sentinel: str = Field(default="<extra_id_{}>", pattern=r"\{\}")
     num_sentinels: int = Field(default=100, ge=1)

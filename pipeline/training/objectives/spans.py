@@ -123,14 +123,15 @@ def encode_decode(
 ) -> Example:
     """Return an example: ids and documents for the encoder; ids, documents and labels for the decoder.
 
-    The decoder reads each document's labels one place later, the end-of-text id first.
+    The decoder reads each document's labels one place later, the id that it starts with first.
 
     Args:
         lengths: Positions of the encoder and of the decoder.
     """
     seq_len, target_len = lengths
-    shifted = np.concatenate([[ids.end_of_text], targets[:-1]])[: len(targets)]
-    shifted[1:][np.diff(targets_of) != 0] = ids.end_of_text
+    start = ids.end_of_text if ids.decoder_start is None else ids.decoder_start
+    shifted = np.concatenate([[start], targets[:-1]])[: len(targets)]
+    shifted[1:][np.diff(targets_of) != 0] = start
     return {
         "ids": fill(inputs, seq_len, ids.end_of_text),
         "documents": fill(inputs_of, seq_len, PADDING, np.int32),

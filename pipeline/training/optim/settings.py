@@ -91,7 +91,7 @@ class Muon(Optimizer):
     """Muon (Jordan et al. 2024): hidden matrices move along their momentum, made orthogonal; the rest by AdamW.
 
     A matrix's step is multiplied with 0.2 * sqrt(max(rows, columns)), so that its root mean square is AdamW's, and one
-    learning rate and one weight decay serve both (Liu et al. 2025, "Muon is scalable for LLM training",
+    learning rate could serve both, and one weight decay does (Liu et al. 2025, "Muon is scalable for LLM training",
     arXiv:2502.16982, section 2.2). Embeddings, tables of positions, the output layer, routers, norms and biases are
     AdamW's; of a stack of experts each matrix is made orthogonal by itself.
 
@@ -100,7 +100,7 @@ class Muon(Optimizer):
 
     Attributes:
         momentum: Share of the old momentum in the new one (Nesterov's).
-        adamw_lr: Peak learning rate of what AdamW moves; null is `lr`.
+        adamw_lr_scale: How many times as large the learning rate of what AdamW moves is.
         newton_schulz_steps: Iterations that make a matrix nearly orthogonal.
     """
 
@@ -108,9 +108,10 @@ class Muon(Optimizer):
     needs_matrices: ClassVar[bool] = True
 
     kind: Literal["muon"] = "muon"
+    lr: float = Field(default=1e-2, gt=0)
     momentum: float = Field(default=0.95, ge=0, lt=1)
     newton_schulz_steps: int = Field(default=5, ge=1)
-    adamw_lr: float | None = Field(default=None, gt=0)
+    adamw_lr_scale: float = Field(default=4.0, gt=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
@@ -121,8 +122,8 @@ class Muon(Optimizer):
         for group in groups:
             if group["rule"] == "muon":
                 group["lr_scale"] **= 0.5
-            elif self.adamw_lr is not None:
-                group["lr_scale"] *= self.adamw_lr / self.lr
+            else:
+                group["lr_scale"] *= self.adamw_lr_scale
         betas = (self.beta1, self.beta2)
         return MuonWithAdamW(groups, self.lr, self.momentum, self.newton_schulz_steps, betas, self.eps)
 
