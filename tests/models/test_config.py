@@ -114,6 +114,14 @@ def test_a_config_that_is_not_ours_is_refused(tmp_path):
     assert lines[1] == f"{path}: model.num_layer: no such setting; did you mean 'num_layers'?"
 
 
+def test_a_model_of_an_earlier_version_is_said_to_be_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": {}, "format": 1}')
+    with pytest.raises(
+        ArtifactError, match="made by an earlier version, whose models had other weights; make it again"
+    ):
+        read_config(tmp_path)
+
+
 def test_settings_do_not_import_torch():
     code = "import pipeline.models.config, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

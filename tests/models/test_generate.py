@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_variants import DECODERS, ENCODER_DECODERS, MAX_SEQ_LEN, VOCAB_SIZE, make
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ArtifactError, ConfigError
 from pipeline.models.generation.sampling import Repetition, sample
 from pipeline.models.generation.settings import BeamSearch, FillMask, Greedy, Sample, check_decoding
 from pipeline.models.generation.text import Text
@@ -157,6 +157,18 @@ def test_only_the_likeliest_can_be_drawn(top_k, top_p, min_p, possible):
     logits[2] += 1e-3
     points = torch.cat([(torch.arange(200) + 0.5) / 200, torch.tensor([0.0, 1.0])])  # 1.0 by rounding
     assert set(sample(logits.expand(202, 4), points, top_k, top_p, min_p).tolist()) == possible
+
+
+def test_the_likeliest_is_never_left_out():
+    assert sample(torch.tensor([[0.0, 1.0]]), torch.tensor([0.5]), top_p=1e-46).tolist() == [1]
+
+
+def test_a_model_that_says_no_numbers_is_refused():
+    model = make()
+    with torch.no_grad():
+        model.decoder.norm.weight.fill_(float("nan"))
+    with pytest.raises(ArtifactError, match="the model's logits are not numbers"):
+        run(model)
 
 
 def test_repetition_makes_what_is_there_less_likely_but_for_the_end():

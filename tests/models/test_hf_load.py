@@ -349,6 +349,54 @@ def test_incomplete_directories_are_refused(tmp_path):
         import_hf(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("LlamaForCausalLM", {"architectures": 5}),
+        ("LlamaForCausalLM", {"hidden_act": []}),
+        ("LlamaForCausalLM", {"num_attention_heads": None, "head_dim": {}}),
+        ("LlamaForCausalLM", {"hidden_size": 10**30}),
+        ("LlamaForCausalLM", {"num_hidden_layers": 10**9}),
+        ("LlamaForCausalLM", {"quantization_config": -1}),
+        ("T5ForConditionalGeneration", {"d_model": -1}),
+        ("T5ForConditionalGeneration", {"d_model": 0}),
+        ("T5ForConditionalGeneration", {"feed_forward_proj": None}),
+    ],
+)
+def test_settings_of_another_type_are_one_line(tmp_path, architecture, changes):
+    write_config(
+        T5Config() if architecture.startswith("T5") else LlamaConfig(**SIZES), tmp_path, architecture, **changes
+    )
+    with pytest.raises(ArtifactError, match=r"config\.json: "):
+        read_hf_config(tmp_path)
+
+
+def test_files_that_nest_or_lie_are_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ArtifactError, match=r"config\.json: not JSON"):
+        read_hf_config(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ArtifactError, match=r"config\.json: cannot be read"):
+        read_hf_config(tmp_path)
+    path.rmdir()
+    make_llama(tmp_path)
+    for header in (b'{"a": 5}', b'{"a": {"data_offsets": ["x", "y"]}}', b"[" * 100_000):
+        (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(ArtifactError, match="damaged, or not in safetensors' format"):
+            import_hf(tmp_path)
+
+
+def test_weights_that_are_whole_numbers_are_refused(tmp_path):
+    make_llama(tmp_path)
+    rename(
+        tmp_path, lambda weights: weights | {"model.embed_tokens.weight": weights["model.embed_tokens.weight"].long()}
+    )
+    with pytest.raises(ArtifactError, match=r"'embedding\.weight': wanted numbers with a fraction, found torch.int64"):
+        import_hf(tmp_path)
+
+
 def test_weights_come_in_one_precision(tmp_path):
     theirs = LlamaForCausalLM(LlamaConfig(**SIZES)).bfloat16()
     theirs.save_pretrained(tmp_path)

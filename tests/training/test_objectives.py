@@ -193,6 +193,16 @@ def test_batches_of_causal_examples_are_the_loaders_rows(tmp_path):
     assert count_terms(example) == {"labels": 12 * SEQ_LEN, "rows": 12, "sentences": 0}
 
 
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_what_a_causal_row_does_not_fill_is_padding(tmp_path, document_mask):
+    objective = objective_of("causal")
+    example = examples_of(objective, document_mask).read(make_loader(tmp_path, objective, Padded()), 1)
+    gaps = example["labels"] == -100
+    assert gaps.any()
+    assert (example["documents"][gaps] == -1).all()
+    assert (example["documents"][~gaps] >= 0).all()
+
+
 def test_without_a_document_mask_each_row_is_one_document(tmp_path, objective):
     loader = make_loader(tmp_path, objective, BestFit())
     example = examples_of(objective, document_mask=False).read(loader, 1)

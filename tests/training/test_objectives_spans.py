@@ -1,5 +1,6 @@
 """Span corruption and UL2's denoisers: T5's example and lengths, and that nothing of a text is lost."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -252,3 +253,13 @@ def test_denoisers_of_ones_own():
         objective_of("denoisers", denoisers=[])
     with pytest.raises(ConfigError, match=r"objective.denoisers.0.noise_density: missing"):
         objective_of("denoisers", denoisers=[{}])
+
+
+def test_the_decoder_of_a_model_of_others_starts_as_it_did():
+    objective = objective_of("span_corruption")
+    ids, row = ids_for(objective), make_row([500 + n for n in range(objective.row_tokens(32))])
+    ours = objective.make(row, 1, 32, ids)
+    theirs = objective.make(row, 1, 32, replace(ids, decoder_start=7))
+    assert (ours["decoder_ids"][0], theirs["decoder_ids"][0]) == (END, 7)
+    assert (ours["decoder_ids"][1:] == theirs["decoder_ids"][1:]).all()
+    assert (ours["labels"] == theirs["labels"]).all()
