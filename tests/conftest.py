@@ -1,6 +1,10 @@
 """What the tests share: a tiny job, made once."""
 
+import os
 from pathlib import Path
+
+# Two workers share the processors, and models are tiny: threads that wait for one another cost more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from support import MODEL_TASKS, run_pipeline
