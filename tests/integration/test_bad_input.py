@@ -239,6 +239,7 @@ class TestWithAJob:
             "stage=pretrain",
             f"stage.tokens={root}/jobs/tiny/tokenize",
             "stage.steps=1",
+            "model@stage.model=llama_2m",
             "stage.model.vocab_size=200",
             status=2,
         )

@@ -172,7 +172,7 @@ def test_two_runs_never_write_one_directory(pretrain, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(pretrain, tmp_path):
-    done = run_pipeline(*pretrain("x", "stage.optimizer.lr=1e39", "stage.clip_norm=null"), status=5)
+    done = run_pipeline(*pretrain("x", "stage.optimizer={kind:adamw,lr:1e39}", "stage.clip_norm=null"), status=5)
     assert "the loss of step" in done.stderr
     assert "a lower optimizer.lr or a clip_norm often helps" in done.stderr
 

@@ -238,7 +238,8 @@ def validation_loss(model: Artifact, tokens: Artifact) -> float:
     from pipeline.stages.preparing import Question, make_examples
 
     stage = decode(Pretrain, model.manifest.stage)
-    examples = make_examples("", Question(stage.objective, stage.seq_len, stage.document_mask), 0, tokens)
+    asked = Question(stage.objective, stage.seq_len, stage.document_mask)
+    examples = make_examples("", asked, 0, tokens, load_model(model.path).config)
     held = open_stream(tokens, "held-")
     total = -(-held.num_tokens // stage.objective.row_tokens(stage.seq_len))
     windows = [number * total // 8 for number in range(8)]
