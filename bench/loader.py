@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tables import print_lines
 
 PROJECT = Path(__file__).parent.parent
 LOADING = Path(__file__).parent / "peers" / "loading.py"
@@ -197,15 +198,6 @@ ended = time.perf_counter()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 print(json.dumps([made - began, first - began, ended - first, peak]))
 """
-
-
-def print_lines(lines: Sequence[Sequence[str]]) -> None:
-    """Print a table: the first column to the left, the others to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        name, *cells = (f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
-        print("  ".join([name.strip().ljust(widths[0]), *cells]))
-    sys.stdout.flush()
 
 
 def arguments() -> argparse.Namespace:

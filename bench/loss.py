@@ -11,12 +11,13 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tables import print_lines
 from torch import Tensor
 
 PROJECT = Path(__file__).parent.parent
@@ -186,13 +187,6 @@ def print_table(shape: Shape, best: dict[str, dict[str, float]]) -> None:
     less = best["full"]["bytes"] / best["ours"]["bytes"]
     faster = best["full"]["cpu_s"] / best["ours"]["cpu_s"]
     print(f"\n{less:.1f} times less memory than F.cross_entropy, {faster:.2f} times its speed", flush=True)
-
-
-def print_lines(lines: Sequence[tuple[str, ...]]) -> None:
-    """Print a table: the first column to the left, the others to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ import gzip
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tables import print_lines
 from torch import Tensor, nn
 
 PROJECT = Path(__file__).parent.parent
@@ -256,14 +257,6 @@ def plot(lines: dict[int, list[float]], decades: tuple[int, int], left: float, t
 def text(x: float, y: float, words: str, where: str = "") -> str:
     """Return words at a place."""
     return f'<text x="{x}" y="{y}" class="{where}">{words}</text>'
-
-
-def print_lines(lines: Sequence[tuple[str, ...]]) -> None:
-    """Print a table: the first column to the left, the others to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))))
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tables import print_lines
 
 PROJECT = Path(__file__).parent.parent
 JOBS = PROJECT / "conf" / "job"
@@ -298,14 +299,6 @@ def print_ladder(bench: Bench, plan: Plan, rungs: Sequence[tuple[str, Recipe]], 
 def spread(runs: Sequence[Result]) -> str:
     """Return the standard deviation of the final losses over the seeds."""
     return f"±{statistics.stdev(run.loss for run in runs):.4f}" if len(runs) > 1 else ""
-
-
-def print_lines(lines: Sequence[tuple[str, ...]]) -> None:
-    """Print a table: the first column to the left, the others to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))))
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tables import print_lines
+
 PROJECT = Path(__file__).parent.parent
 PEERS = Path(__file__).parent / "peers"
 FEW = 40
@@ -134,11 +136,7 @@ def print_table(rows: Sequence[Row], text: Text, slow: Text) -> None:
                 f"{ours / rate:.2f}x",
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    for line in lines:
-        name, *cells = (f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
-        print("  ".join([name.strip().ljust(widths[0]), *cells]))
-    sys.stdout.flush()
+    print_lines(lines)
 
 
 def _rate(row: Row, text: Text) -> float:

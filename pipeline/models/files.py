@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.models.config import AnyModel
@@ -31,20 +31,35 @@ def read_config(directory: Path) -> ModelFile:
         ArtifactError: If there is none, or it is not one of ours.
     """
     path = directory / CONFIG_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{directory}: no {CONFIG_FILE}; wanted a saved model") from None
-    except ValueError as error:
-        raise ArtifactError(f"{path}: not JSON ({error}); save the model again") from None
-    if isinstance(data, dict) and data.get("format") == 1:
+    data = read_object(path, "wanted a saved model", "save the model again")
+    if data.get("format") == 1:
         raise ArtifactError(f"{directory}: made by an earlier version, whose models had other weights; make it again")
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path}: wanted a JSON object, found {type(data).__name__}")
     try:
         return decode(ModelFile, data)
     except ConfigError as error:
         raise ArtifactError("\n".join(f"{path}: {problem}" for problem in error.problems)) from None
+
+
+def read_object(path: Path, wanted: str, way_out: str) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Args:
+        wanted: What is said where there is no such file; `way_out` where it is damaged.
+
+    Raises:
+        ArtifactError: If it is not there, or not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path.parent}: no {path.name}; {wanted}") from None
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); wanted a file of JSON") from None
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not JSON ({error}); {way_out}") from None
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path}: wanted a JSON object, found {type(data).__name__}")
+    return data
 
 
 def is_theirs(directory: Path) -> bool:

@@ -17,8 +17,12 @@ from pipeline.models.positions import sinusoids
 from pipeline.models.sight import View, look, memory_mask, place
 from pipeline.models.weights import SENTENCE_CLASSES
 
-# What a summed loss is divided by to be a mean: the number of labels, of rows, or of rows that have a sentence class.
-UNIT_OF_LOSS = {"sentence": "sentences", "balance": "rows", "router_z": "rows"}
+UNITS = {"sentence": "sentences", "balance": "rows", "router_z": "rows"}
+
+
+def unit_of_loss(term: str) -> str:
+    """Return of what a summed loss is divided by the number to be a mean: labels, rows, or rows with a class."""
+    return UNITS.get(term, "labels")
 
 
 class Transformer(nn.Module):

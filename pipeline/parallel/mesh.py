@@ -1,6 +1,6 @@
 """The arithmetic of ranks, and the `mpu` that tells DeepSpeed about it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     import torch.distributed as dist
 
 
@@ -64,6 +65,18 @@ class DataParallelUnit:
         self.data_group: dist.ProcessGroup = dist.new_group(list(range(self.world)), timeout=timeout)
         alone = [dist.new_group([rank], timeout=timeout) for rank in range(self.world)]
         self.model_group: dist.ProcessGroup = alone[self.rank]
+
+    def sum(self, numbers: Sequence[float], device: "torch.device") -> list[float]:
+        """Sum each number over the data-parallel ranks, in fp64."""
+        if self.world == 1:
+            return list(numbers)
+        import torch
+        import torch.distributed as dist
+
+        sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+        dist.all_reduce(sums, group=self.data_group)
+        summed: list[float] = sums.tolist()
+        return summed
 
     def get_data_parallel_group(self) -> "dist.ProcessGroup":
         """Return the group over which gradients are reduced."""

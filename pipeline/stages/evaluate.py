@@ -52,9 +52,8 @@ class Evaluate(Stage):
         """Refuse classifiers, and what the model cannot be asked."""
         yield from refuse_classifier(upstream)
         made_by = upstream["model"]
-        config = made_by.planned_model if isinstance(made_by, Pretrain) else planned_model(made_by)
-        if config is not None:
-            yield from _problems(self._question(made_by, config), config)
+        if (config := planned_model(made_by)) is not None:
+            yield from self._question(made_by, config).check(config)
 
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
         """A small file."""
@@ -81,7 +80,7 @@ class Evaluate(Stage):
         check_tokenizer(source, tokens)
         model = load_language_model(source)
         asked = self._question(_made_by(source), model.config)
-        if problems := [f"{ctx.task}.{name}: {problem}" for name, problem in _problems(asked, model.config)]:
+        if problems := [f"{ctx.task}.{name}: {problem}" for name, problem in asked.check(model.config)]:
             raise ConfigError(*problems)
         if not tokens.parts(HELD):
             raise ArtifactError(
@@ -110,13 +109,6 @@ class Evaluate(Stage):
             objective = objective.objective
         seq_len = self.seq_len or (trained.seq_len if trained else config.max_seq_len)
         return Question(objective, seq_len, trained.document_mask if trained else True)
-
-
-def _problems(asked: Question, config: AnyModel) -> Iterator[tuple[str, str]]:
-    """Yield (setting, problem) for what a model cannot be asked."""
-    if asked.seq_len > config.max_seq_len:
-        yield "seq_len", f"{asked.seq_len} is longer than the model's max_seq_len of {config.max_seq_len}"
-    yield from asked.objective.check(config, asked.seq_len)
 
 
 def _made_by(source: "Artifact") -> Stage | None:

@@ -11,7 +11,7 @@ from pipeline.parallel.engine import Precision
 from pipeline.settings import Input, Source
 from pipeline.stage import CHECKPOINTS, Context, Run, Stage, Stats
 from pipeline.stages.loading import load_language_model, planned_model
-from pipeline.stages.pretrain import check_engine
+from pipeline.stages.preparing import check_engine
 from pipeline.text.tokenizers import TOKENIZER
 from pipeline.training.optim import AdamW, AnyOptimizer
 from pipeline.training.schedule import AnySchedule, Cosine
@@ -249,7 +249,7 @@ def _scores(module: Any, examples: list[Example], labels: Sequence[str], split: 
     }
 
 
-def refuse_classifier(upstream: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
-    """Yield the problem of a stage whose `model` must be a language model, but is a fine-tuned classifier."""
-    if isinstance(upstream["model"], Finetune):
-        yield "model", "wanted a language model, but fine-tuning makes a classifier"
+def refuse_classifier(upstream: Mapping[str, Stage], field: str = "model") -> Iterator[tuple[str, str]]:
+    """Yield the problem of an input that must be a language model, but is a fine-tuned classifier."""
+    if isinstance(upstream.get(field), Finetune):
+        yield field, "wanted a language model, but fine-tuning makes a classifier"

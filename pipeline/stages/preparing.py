@@ -1,7 +1,7 @@
 """What pretraining needs before its first step: the model with its first weights, and how it is fed and tested."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipeline.artifact import Artifact
@@ -53,7 +53,7 @@ def settle_model(stage: "Pretrain", inputs: Mapping[str, Artifact], tokens: Arti
             f"model.vocab_size: wanted at least {vocab_size}, the vocabulary of {tokens.path}, found "
             f"{config.vocab_size}; leave it null to take that"
         )
-    if problems := [f"{name}: {problem}" for name, problem in stage.check_model(config)]:
+    if problems := [f"{name}: {problem}" for name, problem in stage.question.check(config)]:
         raise ConfigError(*problems)
     return config
 
@@ -89,11 +89,15 @@ class Question:
     seq_len: int
     document_mask: bool
 
+    def check(self, config: AnyModel) -> Iterator[tuple[str, str]]:
+        """Yield (setting, problem) for what a model cannot be asked."""
+        if self.seq_len > config.max_seq_len:
+            yield "seq_len", f"{self.seq_len} is longer than the model's max_seq_len of {config.max_seq_len}"
+        yield from self.objective.check(config, self.seq_len)
+
 
 def make_examples(task: str, asked: Question, seed: int, tokens: Artifact, config: AnyModel) -> "Examples":
     """Return what makes examples of rows. Raises ArtifactError if the tokenizer lacks a token that they need."""
-    from dataclasses import replace
-
     import numpy as np
 
     from pipeline.training.objectives.batch import Examples

@@ -13,7 +13,8 @@ from pipeline.models.transfer import describe_misfits, misfits
 from pipeline.parallel.engine import Precision
 from pipeline.settings import Input
 from pipeline.stage import CHECKPOINTS, Context, Run, Stage, Stats, TaskName
-from pipeline.stages.loading import check_tokenizer, load_language_model, planned_model
+from pipeline.stages.finetune import refuse_classifier
+from pipeline.stages.loading import check_tokenizer, planned_model
 from pipeline.stages.preparing import (
     INIT_FROM,
     TEACHER,
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
     from pipeline.training.loop import Trained
     from pipeline.training.objectives.batch import Examples
     from pipeline.training.validation import Validation
-
-__all__ = ["Pretrain", "check_engine", "check_tokenizer", "load_language_model"]
 
 
 class Pretrain(Stage):
@@ -121,12 +120,6 @@ class Pretrain(Stage):
             return
         yield from check_engine(self.batch_rows, "batch_tokens", self, run)
 
-    def check_model(self, config: AnyModel) -> Iterator[tuple[str, str]]:
-        """Yield (setting, problem) for what does not fit a model."""
-        if self.seq_len > config.max_seq_len:
-            yield "seq_len", f"{self.seq_len} is longer than the model's max_seq_len of {config.max_seq_len}"
-        yield from self.objective.check(config, self.seq_len)
-
     def _check_tokens(self, upstream: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
         makers = [upstream[field] for field in self.sources.values() if field in upstream]
         if makers and all(isinstance(maker, Tokenize) and not maker.held_out_fraction for maker in makers):
@@ -150,13 +143,12 @@ class Pretrain(Stage):
     def _check_models(self, upstream: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the model, the one it begins with and its teacher, as far as they are known."""
         for field in (INIT_FROM, TEACHER):
-            if field in upstream and upstream[field].kind == "finetune":
-                yield field, "wanted a language model, but fine-tuning makes a classifier"
+            yield from refuse_classifier(upstream, field)
         source = planned_model(upstream[INIT_FROM]) if INIT_FROM in upstream else None
         config = self.planned_model or source
         if config is None:
             return
-        yield from self.check_model(config)
+        yield from self.question.check(config)
         if source is not None and (problems := list(misfits(config, source))):
             yield "model", describe_misfits(problems)
         teacher = planned_model(upstream[TEACHER]) if TEACHER in upstream else None
@@ -166,8 +158,7 @@ class Pretrain(Stage):
             yield TEACHER, f"wanted a model of kind '{config.kind}', found one of kind '{teacher.kind}'"
         if self.seq_len > teacher.max_seq_len:
             yield TEACHER, f"reads {teacher.max_seq_len} positions, fewer than seq_len ({self.seq_len})"
-        targets = getattr(getattr(self.objective, "objective", None), "target_len", lambda seq_len: 0)(self.seq_len)
-        if targets > teacher.max_seq_len:
+        if (targets := self.objective.target_len(self.seq_len)) > teacher.max_seq_len:
             yield (
                 TEACHER,
                 f"its decoder reads {teacher.max_seq_len} positions, fewer than the {targets} targets of a row",
@@ -177,6 +168,11 @@ class Pretrain(Stage):
     def planned_model(self) -> AnyModel | None:
         """The settings of the model, if nobody has to look into `init_from` for them."""
         return self.model or (Decoder() if self.init_from is None else None)
+
+    @property
+    def question(self) -> Question:
+        """What the model is asked."""
+        return Question(self.objective, self.seq_len, self.document_mask)
 
     @property
     def batch_rows(self) -> int:
@@ -224,8 +220,7 @@ class Pretrain(Stage):
         except ConfigError as error:
             raise ConfigError(*(f"{ctx.task}.{problem}" for problem in error.problems)) from None
         held = open_held(ctx.task, tokens)
-        asked = Question(self.objective, self.seq_len, self.document_mask)
-        examples = make_examples(ctx.task, asked, self.seed, first, config)
+        examples = make_examples(ctx.task, self.question, self.seed, first, config)
         validation = Validation(held, replace(examples, seed=SEED), self.validation_sequences)
         for line in describe(self, loader, held):
             ctx.log(line)

@@ -184,12 +184,12 @@ def _do_step(
     """Feed one batch and update the weights; return the step's numbers, and whether some rank was asked to stop."""
     began = time.perf_counter()
     batch, waited_s = feeder.take()
-    *weights, tokens = _sum([*batch.weights.values(), batch.tokens], engine.device, mpu)
+    *weights, tokens = mpu.sum([*batch.weights.values(), batch.tokens], engine.device)
     _seed(recipe.seed, step, mpu.rank)
     for group in engine.optimizer.param_groups:
         group["lr"] = _rate(recipe, step) * group.get("lr_scale", 1.0)
     terms = _optimize(engine, batch, dict(zip(batch.weights, weights, strict=True)), trainee.coefficients)
-    *means, stops = _sum([*terms.values(), ctx.should_stop()], engine.device, mpu)
+    *means, stops = mpu.sum([*terms.values(), ctx.should_stop()], engine.device)
     losses = _name_losses(dict(zip(terms, means, strict=True)), trainee)
     _check_finite(ctx, trainee, step, losses)
     routed = trainee.after_step(engine.module)
@@ -238,40 +238,26 @@ def _optimize(
     """
     import torch
 
-    from pipeline.models.transformer import UNIT_OF_LOSS
+    from pipeline.models.transformer import unit_of_loss
 
     engine.train()
     scale = len(batch.microbatches) * engine.dp_world_size
     sums: dict[str, list[torch.Tensor]] = {}
+
+    def count(term: str) -> float:
+        return max(weights[unit_of_loss(term)], 1)
+
     for microbatch in batch.microbatches:
         arguments = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in microbatch.items()}
         terms: dict[str, torch.Tensor] = engine(**arguments)
-        factors = {
-            term: coefficients.get(term, 1.0) / max(weights[UNIT_OF_LOSS.get(term, "labels")], 1) for term in terms
-        }
+        factors = {term: coefficients.get(term, 1.0) / count(term) for term in terms}
         loss = torch.stack([terms[term] * (factor * scale) for term, factor in factors.items()]).sum()
         engine.backward(loss)
         engine.step()
         for term, value in terms.items():
             sums.setdefault(term, []).append(value.detach())
     totals = torch.stack([torch.stack(parts).sum() for parts in sums.values()]).tolist()
-    return {
-        term: total / max(weights[UNIT_OF_LOSS.get(term, "labels")], 1)
-        for term, total in zip(sums, totals, strict=True)
-    }
-
-
-def _sum(numbers: list[float], device: "torch.device", mpu: DataParallelUnit) -> list[float]:
-    """Sum each number over the ranks."""
-    if mpu.world == 1:
-        return numbers
-    import torch
-    import torch.distributed as dist
-
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(sums, group=mpu.data_group)
-    summed: list[float] = sums.tolist()
-    return summed
+    return {term: total / count(term) for term, total in zip(sums, totals, strict=True)}
 
 
 def _rate(recipe: Recipe, step: int) -> float:

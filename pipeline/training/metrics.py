@@ -40,9 +40,9 @@ class Score:
     @property
     def terms(self) -> dict[str, float]:
         """The mean of each term; of tokens in nats per token."""
-        from pipeline.models.transformer import UNIT_OF_LOSS
+        from pipeline.models.transformer import unit_of_loss
 
-        weights = {term: self.weights.get(UNIT_OF_LOSS.get(term, "labels"), 0) for term in self.sums}
+        weights = {term: self.weights.get(unit_of_loss(term), 0) for term in self.sums}
         return {term: total / weights[term] for term, total in self.sums.items() if weights[term]}
 
     @property

@@ -85,13 +85,8 @@ def predicts_text(objective: Objective) -> bool:
 
 def _sum(found: Score, module: "torch.nn.Module", mpu: "DataParallelUnit") -> Score:
     """Sum a score over the ranks, of which all have the same terms."""
-    import torch
-    import torch.distributed as dist
-
-    numbers = [*found.sums.values(), *found.weights.values()]
-    summed = torch.tensor(numbers, dtype=torch.float64, device=next(module.parameters()).device)
-    dist.all_reduce(summed, group=mpu.data_group)
-    totals, count = summed.tolist(), len(found.sums)
+    device, count = next(module.parameters()).device, len(found.sums)
+    totals = mpu.sum([*found.sums.values(), *found.weights.values()], device)
     return Score(
         dict(zip(found.sums, totals[:count], strict=True)), dict(zip(found.weights, totals[count:], strict=True))
     )

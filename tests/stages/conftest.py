@@ -57,6 +57,17 @@ def publish(stage: Stage, ctx: Context, world_size: int) -> Artifact:
     return open_artifact(ctx.directory, stage.produces)
 
 
+@pytest.fixture(scope="session")
+def theirs(tmp_path_factory) -> Path:
+    """A directory with a model of others of every family, which no test may change."""
+    from hf_directories import FAMILIES, write_hf  # which imports transformers
+
+    root = tmp_path_factory.mktemp("hf")
+    for family in FAMILIES:
+        write_hf(root / family, family)
+    return root
+
+
 @pytest.fixture
 def run_stage() -> RunStage:
     """Give a function that runs a stage on some ranks and opens what it made."""

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hf_directories import FAMILIES, write_hf
+from hf_directories import FAMILIES
 
 from pipeline.artifact import Artifact, Made, Manifest, open_artifact, record_file, write_manifest
 from pipeline.errors import ArtifactError, ConfigError
@@ -44,14 +44,6 @@ def rows(tmp_path_factory) -> Path:
         lines.append(json.dumps({"text": "" if number == 0 else " ".join(words), "label": label, "split": split}))
     path.write_text("\n".join(lines) + "\n")
     return path
-
-
-@pytest.fixture(scope="session")
-def theirs(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("hf")
-    for family in FAMILIES:
-        write_hf(root / family, family)
-    return root
 
 
 def ours(directory: Path, settings: dict, tokenizer: Path) -> Artifact:

@@ -22,19 +22,10 @@ from pipeline.verify import verify
 KINDS = {"bert": "encoder", "modernbert": "encoder", "t5": "encoder_decoder"}  # the others are decoders
 
 
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory) -> Path:
-    """A directory with one of every family, which no test may change."""
-    root = tmp_path_factory.mktemp("hf")
-    for family in FAMILIES:
-        write_hf(root / family, family)
-    return root
-
-
 @pytest.fixture
-def llama(originals, tmp_path) -> Path:
+def llama(theirs, tmp_path) -> Path:
     """A copy of one of them."""
-    return shutil.copytree(originals / "llama", tmp_path / "llama")
+    return shutil.copytree(theirs / "llama", tmp_path / "llama")
 
 
 @pytest.fixture
@@ -49,9 +40,9 @@ def edit(path: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_directory_is_an_artifact(originals, root, family):
-    before = sorted(path.name for path in (originals / family).iterdir())
-    artifact = open_input(str(originals / family), root, "model")
+def test_a_directory_is_an_artifact(theirs, root, family):
+    before = sorted(path.name for path in (theirs / family).iterdir())
+    artifact = open_input(str(theirs / family), root, "model")
     assert artifact.manifest.kind == "model"
     assert artifact.path == (root / "cache" / f"{family}-{artifact.manifest.fingerprint}").resolve()
     assert artifact.names == ["config.json", "model.safetensors", "tokenizer.json"]
@@ -66,7 +57,7 @@ def test_a_directory_is_an_artifact(originals, root, family):
     assert model.config == stage.model
     assert artifact.stats["parameters"] == sum(weight.numel() for weight in model.parameters())
     assert artifact.stats["vocab_size"] == model.config.real_vocab_size
-    assert before == sorted(path.name for path in (originals / family).iterdir())  # nothing is written there
+    assert before == sorted(path.name for path in (theirs / family).iterdir())  # nothing is written there
     assert not list((root / "cache").glob("*.tmp"))
 
 
@@ -147,13 +138,13 @@ def test_what_is_gone_after_planning_is_named(llama, root):
         open_artifact(artifact.path)
 
 
-def test_shards_with_an_index(originals, root, tmp_path):
+def test_shards_with_an_index(theirs, root, tmp_path):
     directory = write_hf(tmp_path / "sharded", "llama", max_shard_size="60KB")
     artifact = open_input(str(directory), root, "model")
     shards = [name for name in artifact.names if name.startswith("model-")]
     assert len(shards) > 1
     assert "model.safetensors.index.json" in artifact.names
-    whole = load_language_model(open_input(str(originals / "llama"), root, "model")).state_dict()
+    whole = load_language_model(open_input(str(theirs / "llama"), root, "model")).state_dict()
     for name, weight in load_language_model(artifact).state_dict().items():
         assert weight.equal(whole[name]), name
     (directory / shards[0]).unlink()
@@ -226,8 +217,8 @@ def test_of_several_ids_the_first_ends_a_text(llama, root):
     assert open_input(str(llama), root, "model").stats["end_of_text_id"] == 1
 
 
-def test_an_old_bert_says_it_by_its_token_alone(originals, root, tmp_path):
-    directory = shutil.copytree(originals / "bert", tmp_path / "bert")
+def test_an_old_bert_says_it_by_its_token_alone(theirs, root, tmp_path):
+    directory = shutil.copytree(theirs / "bert", tmp_path / "bert")
     (directory / "tokenizer_config.json").unlink()
     assert open_input(str(directory), root, "model").stats["end_of_text_id"] == 3
 

@@ -10,7 +10,7 @@ from objective_cases import END, ids_for, make_row, objective_of
 from pipeline.models.config import Decoder, Encoder, EncoderDecoder
 from pipeline.models.initial import init_weights
 from pipeline.models.loss import summed_divergence
-from pipeline.models.transformer import UNIT_OF_LOSS, Transformer
+from pipeline.models.transformer import Transformer, unit_of_loss
 from pipeline.text.loader import Rows
 from pipeline.training.objectives.batch import Examples, count_terms
 
@@ -60,7 +60,7 @@ class Lesson:
 
 def mean_losses(model, lesson, number, rows=ROWS):
     fed, counts = lesson.batch(number, rows)
-    return {name: loss / counts[UNIT_OF_LOSS.get(name, "labels")] for name, loss in model(**fed).items()}
+    return {name: loss / counts[unit_of_loss(name)] for name, loss in model(**fed).items()}
 
 
 def learn(model, steps, losses, lr=3e-3):

@@ -1,19 +1,19 @@
 """Their `config.json`: read into our settings, and made of them. Nothing here imports torch or transformers."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.models.config import AnyModel
-from pipeline.models.files import CONFIG_FILE
+from pipeline.models.files import CONFIG_FILE, read_object
 from pipeline.models.hf.classes import LAYOUTS
 from pipeline.models.hf.layout import Layout
 from pipeline.models.hf.tensors import tensor_names
 from pipeline.models.hf.translate import Theirs
 from pipeline.settings import Settings, decode
 
+WANTED = "wanted a model in Hugging Face's layout"
 # More than any model has; a number above comes from a damaged file.
 LARGEST = {"num_layers": 10_000, "num_decoder_layers": 10_000} | dict.fromkeys(
     ("d_model", "d_ff", "vocab_size", "max_seq_len", "num_heads", "num_kv_heads", "head_width"), 2**31
@@ -40,7 +40,7 @@ def read_layout(directory: Path) -> tuple[Layout, AnyModel]:
     """Return what `read_hf_config` does, and the layout of the directory."""
     path = directory / CONFIG_FILE
     try:
-        return _read_layout(directory, path, _read_json(path))
+        return _read_layout(directory, path, read_object(path, WANTED, WANTED))
     except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RuntimeError) as error:
         # what a setting of another type than theirs leads to, wherever it is used
         raise ArtifactError(
@@ -91,20 +91,6 @@ def to_hf_config(config: AnyModel, layout: Layout, dtype: str, special_ids: Mapp
         fields |= part.write(config)
     fields |= {f"{name}_token_id": number for name, number in special_ids.items()}
     return {**fields, **layout.fixed}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path.parent}: no {path.name}; wanted a model in Hugging Face's layout") from None
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); wanted a file of JSON") from None
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not JSON ({error}); wanted a model in Hugging Face's layout") from None
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path}: wanted a JSON object, found {type(data).__name__}")
-    return data
 
 
 def _find_layout(path: Path, data: Mapping[str, Any]) -> Layout:

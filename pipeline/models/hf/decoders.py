@@ -1,9 +1,11 @@
 """Hugging Face's decoders as data: the names of their tensors and settings beside ours. Nothing here imports torch."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from pipeline.models.hf import sight, translate
 from pipeline.models.hf.layout import ANYTHING, Layout, Rule
+from pipeline.models.hf.translate import Part
 
 Names = Mapping[str, str | tuple[str, ...]]
 
@@ -84,8 +86,6 @@ _LLAMA_DEFAULTS = {
     "hidden_act": "silu",
     "rope_theta": 10000.0,
 }
-_LLAMA_IGNORED = (r"rotary_emb\.inv_freq$",)
-_LLAMA_COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 _GPT2_LINEAR: Names = {
     "attn.c_attn": ("attention.query", "attention.key", "attention.value"),
     "attn.c_proj": "attention.out",
@@ -102,17 +102,40 @@ _TOKEN_CHOICE = {
     "experts.balance_bias_rate": (None,),
 }
 
-LLAMA = Layout(
+
+def _like_llama(
+    architecture: str,
+    model_type: str,
+    computes: Mapping[str, tuple[Any, ...]],
+    parts: tuple[Part, ...],
+    defaults: Mapping[str, Any],
+    rules: tuple[Rule, ...] = (),
+    same: Mapping[str, str] | None = None,
+    fixed: Mapping[str, Any] | None = None,
+) -> Layout:
+    """Return Llama's layout with what another class has beside it or otherwise."""
+    return Layout(
+        architecture=architecture,
+        model_type=model_type,
+        kind="decoder",
+        rules=_LLAMA_RULES + rules,
+        same={**_LLAMA_SAME, **(same or {})},
+        computes={**_LLAMA_COMPUTES, **computes},
+        parts=(sight.ROPE, _GATED, *parts),
+        fixed=fixed or {},
+        defaults={**_LLAMA_DEFAULTS, **defaults},
+        copies={"lm_head.weight": "model.embed_tokens.weight"},
+        ignored=(r"rotary_emb\.inv_freq$",),
+    )
+
+
+LLAMA = _like_llama(
     architecture="LlamaForCausalLM",
     model_type="llama",
-    kind="decoder",
-    rules=_LLAMA_RULES,
-    same=_LLAMA_SAME | {"bias": "attention_bias"},
-    computes=_LLAMA_COMPUTES | {"bias": ANYTHING},
-    parts=(sight.ROPE, _GATED, translate.MLP_BIAS),
-    defaults=_LLAMA_DEFAULTS | {"attention_bias": False, "mlp_bias": False},
-    copies=_LLAMA_COPIES,
-    ignored=_LLAMA_IGNORED,
+    same={"bias": "attention_bias"},
+    computes={"bias": ANYTHING},
+    parts=(translate.MLP_BIAS,),
+    defaults={"attention_bias": False, "mlp_bias": False},
 )
 GPT2 = Layout(
     architecture="GPT2LMHeadModel",
@@ -166,35 +189,25 @@ GPT2 = Layout(
     copies={"lm_head.weight": "transformer.wte.weight"},
     ignored=(r"\.attn\.(masked_)?bias$",),
 )
-MISTRAL = Layout(
+MISTRAL = _like_llama(
     architecture="MistralForCausalLM",
     model_type="mistral",
-    kind="decoder",
-    rules=_LLAMA_RULES,
-    same=_LLAMA_SAME,
-    computes=_LLAMA_COMPUTES | {"sliding_window": ANYTHING},
-    parts=(sight.ROPE, _GATED, sight.WINDOW),
-    defaults=_LLAMA_DEFAULTS
-    | {
+    computes={"sliding_window": ANYTHING},
+    parts=(sight.WINDOW,),
+    defaults={
         "intermediate_size": 14336,
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
-    copies=_LLAMA_COPIES,
-    ignored=_LLAMA_IGNORED,
 )
-QWEN3 = Layout(
+QWEN3 = _like_llama(
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
-    kind="decoder",
-    rules=_LLAMA_RULES,
-    same=_LLAMA_SAME,
-    computes=_LLAMA_COMPUTES | {"qk_norm": (True,), "sliding_window": ANYTHING, "global_every": ANYTHING},
-    parts=(sight.ROPE, _GATED, sight.TYPED_WINDOW),
+    computes={"qk_norm": (True,), "sliding_window": ANYTHING, "global_every": ANYTHING},
+    parts=(sight.TYPED_WINDOW,),
     fixed={"attention_bias": False},
-    defaults=_LLAMA_DEFAULTS
-    | {
+    defaults={
         "vocab_size": 151936,
         "intermediate_size": 22016,
         "num_key_value_heads": 32,
@@ -205,22 +218,15 @@ QWEN3 = Layout(
         "sliding_window": 4096,
         "max_window_layers": 28,
     },
-    copies=_LLAMA_COPIES,
-    ignored=_LLAMA_IGNORED,
 )
-MIXTRAL = Layout(
+MIXTRAL = _like_llama(
     architecture="MixtralForCausalLM",
     model_type="mixtral",
-    kind="decoder",
-    rules=_LLAMA_RULES + make_rules(_MIXTRAL_EXPERTS, _IN_LLAMA, _IN_DECODER, fused=False) + _FUSED_RULES,
-    same=_LLAMA_SAME,
-    computes=_LLAMA_COMPUTES
-    | _TOKEN_CHOICE
-    | {"sliding_window": ANYTHING, "experts.router.renormalize": (True,), "dense_layers": (0,)},
-    parts=(sight.ROPE, _GATED, sight.WINDOW, translate.MIXTRAL_EXPERTS),
+    rules=make_rules(_MIXTRAL_EXPERTS, _IN_LLAMA, _IN_DECODER, fused=False) + _FUSED_RULES,
+    computes=_TOKEN_CHOICE | {"sliding_window": ANYTHING, "experts.router.renormalize": (True,), "dense_layers": (0,)},
+    parts=(sight.WINDOW, translate.MIXTRAL_EXPERTS),
     fixed={"router_jitter_noise": 0.0},
-    defaults=_LLAMA_DEFAULTS
-    | {
+    defaults={
         "intermediate_size": 14336,
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
@@ -232,20 +238,15 @@ MIXTRAL = Layout(
         "router_aux_loss_coef": 0.001,
         "router_jitter_noise": 0.0,
     },
-    copies=_LLAMA_COPIES,
-    ignored=_LLAMA_IGNORED,
 )
-QWEN3_MOE = Layout(
+QWEN3_MOE = _like_llama(
     architecture="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
-    kind="decoder",
-    rules=_LLAMA_RULES + make_rules(_QWEN3_EXPERTS, _IN_LLAMA, _IN_DECODER, fused=False) + _FUSED_RULES,
-    same=_LLAMA_SAME,
-    computes=_LLAMA_COMPUTES | _TOKEN_CHOICE | {"qk_norm": (True,), "sliding_window": ANYTHING},
-    parts=(sight.ROPE, _GATED, sight.SWITCHED_WINDOW, translate.QWEN3_EXPERTS),
+    rules=make_rules(_QWEN3_EXPERTS, _IN_LLAMA, _IN_DECODER, fused=False) + _FUSED_RULES,
+    computes=_TOKEN_CHOICE | {"qk_norm": (True,), "sliding_window": ANYTHING},
+    parts=(sight.SWITCHED_WINDOW, translate.QWEN3_EXPERTS),
     fixed={"attention_bias": False, "decoder_sparse_step": 1},
-    defaults=_LLAMA_DEFAULTS
-    | {
+    defaults={
         "vocab_size": 151936,
         "hidden_size": 2048,
         "num_hidden_layers": 24,
@@ -263,6 +264,4 @@ QWEN3_MOE = Layout(
         "decoder_sparse_step": 1,
         "mlp_only_layers": None,
     },
-    copies=_LLAMA_COPIES,
-    ignored=_LLAMA_IGNORED,
 )

@@ -95,14 +95,14 @@ def _read_mlp_bias(theirs: Theirs) -> Fields:
 MLP_BIAS = Part(lambda config: {"mlp_bias": config.bias}, _read_mlp_bias)
 
 
-def _write_mixtral(config: AnyModel) -> Fields:
+def _write_experts(config: AnyModel, count: str, width: str) -> Fields:
     experts = config.experts
     assert experts is not None
     assert isinstance(experts.router, TokenChoice)
     return {
-        "num_local_experts": experts.count,
+        count: experts.count,
         "num_experts_per_tok": experts.router.top_k,
-        "intermediate_size": experts.d_ff or config.ff,
+        width: experts.d_ff or config.ff,
         "router_aux_loss_coef": experts.balance_loss,
     }
 
@@ -112,21 +112,16 @@ def _read_experts(theirs: Theirs, count: str) -> Fields:
     return {"count": theirs[count], "router": router, "balance_loss": float(theirs["router_aux_loss_coef"])}
 
 
-MIXTRAL_EXPERTS = Part(_write_mixtral, lambda theirs: {"experts": _read_experts(theirs, "num_local_experts")})
+MIXTRAL_EXPERTS = Part(
+    lambda config: _write_experts(config, "num_local_experts", "intermediate_size"),
+    lambda theirs: {"experts": _read_experts(theirs, "num_local_experts")},
+)
 
 
 def _write_qwen3(config: AnyModel) -> Fields:
-    experts = config.experts
-    assert experts is not None
-    assert isinstance(experts.router, TokenChoice)
-    return {
-        "num_experts": experts.count,
-        "num_experts_per_tok": experts.router.top_k,
-        "moe_intermediate_size": experts.d_ff or config.ff,
-        "router_aux_loss_coef": experts.balance_loss,
-        "norm_topk_prob": experts.router.renormalize,
-        "mlp_only_layers": list(range(config.dense_layers)),
-    }
+    fields = _write_experts(config, "num_experts", "moe_intermediate_size")
+    renormalize = config.experts.router.renormalize  # type: ignore[union-attr]  # looked at above
+    return fields | {"norm_topk_prob": renormalize, "mlp_only_layers": list(range(config.dense_layers))}
 
 
 def _read_qwen3(theirs: Theirs) -> Fields:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pipeline.training.objectives.objective import IGNORED, PADDING, Objective, Row, SpecialIds
+from pipeline.training.objectives.objective import IGNORED, Objective, Row, SpecialIds
 
 if TYPE_CHECKING:
     from pipeline.text.loader import Rows
@@ -37,7 +37,8 @@ def _without_gaps(labels: Array, documents: Array | None) -> Any:
     """Return documents that are padding where there is no label; null if nobody numbers them and there is no gap."""
     import numpy as np
 
-    gaps = labels == IGNORED
-    if not gaps.any():
-        return documents
-    return np.where(gaps, np.int32(PADDING), np.int32(0) if documents is None else documents)
+    from pipeline.training.objectives.pieces import mark_gaps
+
+    if documents is not None:
+        return mark_gaps(labels, documents)
+    return mark_gaps(labels, np.zeros(labels.shape, np.int32)) if (labels == IGNORED).any() else None

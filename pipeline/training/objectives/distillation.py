@@ -75,6 +75,10 @@ class Distillation(Objective):
         """Return what the other objective takes."""
         return self.objective.row_tokens(seq_len)
 
+    def target_len(self, seq_len: int) -> int:
+        """Return what the other objective's decoder has."""
+        return self.objective.target_len(seq_len)
+
     def make(self, row: Row, seed: int, seq_len: int, ids: SpecialIds, partner: Row | None = None) -> Example:
         """Return the other objective's example."""
         return self.objective.make(row, seed, seq_len, ids, partner)

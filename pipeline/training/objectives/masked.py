@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.training.objectives.objective import IGNORED, PADDING, Objective, Row, SpecialIds
+from pipeline.training.objectives.objective import IGNORED, Objective, Row, SpecialIds
 
 if TYPE_CHECKING:
     from pipeline.training.objectives.objective import Example
@@ -75,10 +75,10 @@ class Masked(Masking):
 
         from pipeline.training.objectives.draws import Draws
         from pipeline.training.objectives.masks import mask
+        from pipeline.training.objectives.pieces import mark_gaps
 
-        empty = row.tokens == IGNORED
-        values = np.where(empty, ids.end_of_text, row.tokens)
-        documents = np.where(empty, np.int32(PADDING), row.documents)
+        values = np.where(row.tokens == IGNORED, ids.end_of_text, row.tokens)
+        documents = mark_gaps(row.tokens, row.documents)
         if self.first_token is not None:
             values, documents = np.insert(values, 0, ids[self.first_token]), np.insert(documents, 0, documents[0])
         masked, labels = mask(values, documents, self, ids, Draws(seed))

@@ -106,6 +106,10 @@ class Objective(Choice):
         """Return how many tokens of text make one example whose inputs have `seq_len` positions."""
         return seq_len
 
+    def target_len(self, seq_len: int) -> int:
+        """Return how many positions the decoder of an encoder-decoder has beside `seq_len` inputs; 0 for the others."""
+        return 0
+
     def make(self, row: Row, seed: int, seq_len: int, ids: SpecialIds, partner: Row | None = None) -> Example:
         """Return one example: arrays under the names of the model's arguments.
 

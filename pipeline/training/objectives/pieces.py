@@ -19,6 +19,11 @@ def num_tokens(row: Row) -> int:
     return int(np.count_nonzero(row.tokens != IGNORED))
 
 
+def mark_gaps(tokens: Array, documents: Array) -> Array:
+    """Return documents that are padding where there is no token."""
+    return np.where(tokens == IGNORED, np.int32(PADDING), documents)
+
+
 def find_pieces(row: Row) -> list[tuple[int, int]]:
     """Return where each document, or the piece of one, begins and ends in a row."""
     count = num_tokens(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pipeline.training.objectives.objective import IGNORED, PADDING, Objective, Row, SpecialIds
+from pipeline.training.objectives.objective import IGNORED, Objective, Row, SpecialIds
 
 if TYPE_CHECKING:
     from pipeline.training.objectives.objective import Example
@@ -28,12 +28,12 @@ class Prefix(Objective):
         import numpy as np
 
         from pipeline.training.objectives.draws import Draws
-        from pipeline.training.objectives.pieces import find_pieces
+        from pipeline.training.objectives.pieces import find_pieces, mark_gaps
 
         labels, prefix, pieces = row.tokens.copy(), np.zeros(len(row.tokens), np.bool_), find_pieces(row)
         for (start, stop), share in zip(pieces, Draws(seed).uniform(len(pieces)).tolist(), strict=True):
             size = 1 + int(share * (stop - start))
             prefix[start : start + size] = True
             labels[start : start + size - 1] = IGNORED
-        documents = np.where(row.tokens == IGNORED, np.int32(PADDING), row.documents)
+        documents = mark_gaps(row.tokens, row.documents)
         return {"ids": row.inputs, "labels": labels, "documents": documents, "prefix": prefix}
