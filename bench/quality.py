@@ -135,7 +135,7 @@ class Bench:
         """Run a job and return the seconds of processor time that it took, all its processes together."""
         path = self.work / f"{name}.yaml"
         path.write_text("# @package _global_\n" + yaml.safe_dump(job, sort_keys=False))
-        words = [f"job={path}", f"root={root}", f"run.threads={self.threads}", "run.checkpoint_every_steps=1000000"]
+        words = [f"job={path}", f"root={root}", f"run.threads={self.threads}", "run.checkpoints.every_steps=1000000"]
         paths = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(self.threads)}
         log = path.with_suffix(".log")

@@ -32,15 +32,45 @@ CHECKPOINTS = "checkpoints"  # of a training, beside work/
 
 
 class Parallel(Settings):
-    """How a training task is spread over its ranks.
+    """How a training task is spread over its ranks: as many data-parallel ones as there are groups of `tensor`.
 
     Attributes:
-        zero: ZeRO stage (Rajbhandari et al. 2020): what is partitioned over the data-parallel ranks.
+        zero: ZeRO stage (Rajbhandari et al. 2020, arXiv:1910.02054): what the data-parallel ranks share out among them;
+            the optimizer's state (1), gradients too (2), weights too (3), or nothing (0).
+        tensor: Neighbouring ranks that share every layer (Shoeybi et al. 2019, arXiv:1909.08053).
+        sequence: Whether these also share the positions between the layers (Korthikanti et al. 2022, arXiv:2205.05198).
+        offload: Where the state of the optimizer is kept; null is on the device.
+        offload_dir: A directory on a local disk, for offload "nvme".
+        activation_checkpointing: What is computed again in the backward pass instead of being kept: "full" is every
+            layer, "selective" the scores of attention alone.
         deepspeed: Merged last into DeepSpeed's JSON; refused where it contradicts a typed setting.
     """
 
-    zero: Literal[1, 2, 3] = 1
+    zero: Literal[0, 1, 2, 3] = 1
+    tensor: int = Field(default=1, ge=1)
+    sequence: bool = False
+    offload: Literal["cpu", "nvme"] | None = None
+    offload_dir: str | None = None
+    activation_checkpointing: Literal["full", "selective"] | None = None
     deepspeed: dict[str, Any] = {}
+
+
+class Checkpoints(Settings):
+    """When the state of a training is saved, and what of it is kept.
+
+    Attributes:
+        every_steps: Steps between two checkpoints.
+        every_minutes: Minutes after which one is saved in between, that goes when the next one is whole; null is never.
+        keep: How many of the newest stay.
+        keep_every_steps: Those of steps that this divides stay for ever; null is none.
+        keep_best: Whether the one with the lowest validation loss stays too.
+    """
+
+    every_steps: int = Field(default=100, ge=1)
+    every_minutes: float | None = Field(default=None, gt=0)
+    keep: int = Field(default=2, ge=1)
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    keep_best: bool = False
 
 
 class Run(Choice):
@@ -50,15 +80,16 @@ class Run(Choice):
         ranks: Processes of a task that can use several.
         threads: Processor threads of each rank; null shares the machine's processors among its ranks.
         microbatch_sequences: Sequences that a rank feeds at once; null feeds its share of the batch at once.
-        checkpoint_every_steps: Steps between two checkpoints.
-        keep_checkpoints: How many of the newest checkpoints stay.
+        compile: Whether the layers are compiled by torch before training.
+        stall_timeout_s: Seconds without any progress after which a rank counts as stalled, and the task ends.
     """
 
     ranks: int = Field(default=1, ge=1)
     threads: int | None = Field(default=None, ge=1)
     microbatch_sequences: int | None = Field(default=None, ge=1)
-    checkpoint_every_steps: int = Field(default=100, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
+    compile: bool = False
+    stall_timeout_s: float = Field(default=600.0, gt=0)
+    checkpoints: Checkpoints = Checkpoints()
     parallel: Parallel = Parallel()
 
 

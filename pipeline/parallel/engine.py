@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import ConfigError
-from pipeline.parallel.mesh import BatchShape, DataParallelUnit
+from pipeline.parallel.mesh import BatchShape, Mesh
 
 if TYPE_CHECKING:
     import torch
@@ -82,8 +82,14 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 @contextmanager
-def process_group() -> Iterator[DataParallelUnit]:
-    """Join the ranks of this task, from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, for the time of the block."""
+def process_group(tensor: int = 1, timeout: timedelta = GROUP_TIMEOUT, at: str | None = None) -> Iterator[Mesh]:
+    """Join the ranks of this task, from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, for the time of the block.
+
+    Args:
+        tensor: How many neighbouring ranks share every layer.
+        timeout: After which a rank that waits for another one fails.
+        at: Where they meet instead of MASTER_ADDR, as torch's `init_method`.
+    """
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -99,16 +105,17 @@ def process_group() -> Iterator[DataParallelUnit]:
         if not torch.cuda.is_available():
             # Note: else DeepSpeed compiles an operator that only inference needs: a minute, and a compiler
             deepspeed.ops.__compatible_ops__ = {}
-        deepspeed.init_distributed(timeout=GROUP_TIMEOUT, verbose=False)
+        ranks = {} if at is None else {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        deepspeed.init_distributed(timeout=timeout, verbose=False, init_method=at, **ranks)
         try:
-            yield DataParallelUnit(GROUP_TIMEOUT)
+            yield Mesh(tensor, timeout)
         finally:
             # Note: not torch's own, which leaves DeepSpeed with a group that is not registered
             deepspeed.comm.destroy_process_group()
 
 
 def build_engine(
-    model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", settings: EngineSettings, mpu: DataParallelUnit
+    model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", settings: EngineSettings, mesh: Mesh
 ) -> Any:
     """Return the DeepSpeed engine that trains `model`.
 
@@ -125,7 +132,7 @@ def build_engine(
     config = deepspeed_json(settings)
     try:
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, model_parameters=learning, config=config, mpu=mpu
+            model=model, optimizer=optimizer, model_parameters=learning, config=config, mpu=mesh
         )
     except Exception as error:
         if not settings.extra:

@@ -5,7 +5,7 @@ ZeRO joins many parameters into one vector and gives every data-parallel rank a 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Self
@@ -20,14 +20,18 @@ class Cut:
     """How one parameter, or one matrix of it, lies in the flat partitions of all ranks.
 
     Attributes:
-        shape: Of the whole.
-        bounds: Rank r holds its elements from bounds[r] up to bounds[r + 1], counted row by row.
+        shape: Of all that the data-parallel ranks hold together: with tensor parallelism a slice of the parameter.
+        bounds: Data-parallel rank r holds its elements from bounds[r] up to bounds[r + 1], counted row by row.
         offset: Where this rank's elements begin in its partition.
+        name: Of the parameter in the model.
+        sliced: The dimension along which tensor-parallel ranks share the parameter; null where each has all of it.
     """
 
     shape: tuple[int, ...]
     bounds: tuple[int, ...]
     offset: int
+    name: str = ""
+    sliced: int | None = None
 
     def share(self, rank: int) -> int:
         """Return how many elements a rank holds."""
@@ -43,7 +47,9 @@ class Cut:
         for first in range(0, math.prod(self.shape), size):
             bounds = tuple(min(max(bound - first, 0), size) for bound in self.bounds)
             skipped = max(first - self.bounds[rank], 0)
-            yield type(self)(self.shape[-2:], bounds, self.offset + min(skipped, self.share(rank)))
+            offset = self.offset + min(skipped, self.share(rank))
+            sliced = None if self.sliced is None else self.sliced - (len(self.shape) - 2)
+            yield type(self)(self.shape[-2:], bounds, offset, self.name, sliced)
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,18 @@ class Layout:
 
 
 def flat_partitions(engine: Any) -> dict[Tensor, Layout]:
-    """Return the fp32 vectors that a DeepSpeed engine's optimizer works on, each with what lies in it."""
+    """Return the fp32 vectors that a DeepSpeed engine's optimizer works on, each with what lies in it.
+
+    Without ZeRO (stage 0) these are the parameters themselves, whole on every data-parallel rank.
+    """
     zero = engine.optimizer
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
     if hasattr(zero, "fp32_partitioned_groups_flat"):
-        found = zip(zero.fp32_partitioned_groups_flat, map(_stage_3_layout, zero.fp16_groups), strict=True)
-        return dict(found)
+        layouts = [_stage_3_layout(group, names) for group in zero.fp16_groups]
+        return dict(zip(zero.fp32_partitioned_groups_flat, layouts, strict=True))
+    if isinstance(zero, torch.optim.Optimizer):
+        parameters = [parameter for group in zero.param_groups for parameter in group["params"]]
+        return {p: Layout((_cut(p, p.shape, (0, p.numel()), 0, names),)) for p in parameters}
     if hasattr(zero, "single_partition_of_fp32_groups"):
         flats, groups, offsets = (
             zero.single_partition_of_fp32_groups,
@@ -90,23 +103,32 @@ def flat_partitions(engine: Any) -> dict[Tensor, Layout]:
         offsets = [list(accumulate((p.numel() for p in group), initial=0))[:-1] for group in groups]
     data_groups = zero.real_dp_process_group
     return {
-        flat: _vector_layout(flat.numel(), parameters, starts, data_group)
+        flat: _vector_layout(flat.numel(), parameters, starts, data_group, names)
         for flat, parameters, starts, data_group in zip(flats, groups, offsets, data_groups, strict=True)
     }
 
 
-def _vector_layout(size: int, parameters: Sequence[Tensor], starts: Sequence[int], group: Any) -> Layout:
+def _cut(
+    parameter: Any, shape: Sequence[int], bounds: tuple[int, ...], offset: int, names: Mapping[Tensor, str]
+) -> Cut:
+    sliced = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+    return Cut(tuple(shape), bounds, offset, names[parameter], sliced)
+
+
+def _vector_layout(
+    size: int, parameters: Sequence[Tensor], starts: Sequence[int], group: Any, names: Mapping[Tensor, str]
+) -> Layout:
     """Lay out a vector of all parameters of a group, of which each rank has a piece of `size` elements."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     cuts = []
     for parameter, start in zip(parameters, starts, strict=True):
         count = parameter.numel()
         bounds = tuple(min(max(other * size - start, 0), count) for other in range(world + 1))
-        cuts.append(Cut(tuple(parameter.shape), bounds, min(max(start - rank * size, 0), size)))
+        cuts.append(_cut(parameter, parameter.shape, bounds, min(max(start - rank * size, 0), size), names))
     return Layout(tuple(cuts), rank, group)
 
 
-def _stage_3_layout(parameters: Sequence[Any]) -> Layout:
+def _stage_3_layout(parameters: Sequence[Any], names: Mapping[Tensor, str]) -> Layout:
     """Lay out a vector of pieces of parameters: ZeRO stage 3 cuts each into as many as there are ranks."""
     group = parameters[0].ds_process_group
     rank, world = dist.get_rank(group), dist.get_world_size(group)
@@ -114,7 +136,7 @@ def _stage_3_layout(parameters: Sequence[Any]) -> Layout:
     for parameter in parameters:
         piece, count = parameter.partition_numel(), parameter.ds_numel
         bounds = tuple(min(other * piece, count) for other in range(world + 1))
-        cuts.append(Cut(tuple(parameter.ds_shape), bounds, offset))
+        cuts.append(_cut(parameter, parameter.ds_shape, bounds, offset, names))
         offset += piece
     return Layout(tuple(cuts), rank, group)
 

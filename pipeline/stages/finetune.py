@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pipeline.artifact import Artifact
     from pipeline.models.classifier import Classifier
-    from pipeline.parallel.mesh import BatchShape, DataParallelUnit
+    from pipeline.parallel.mesh import BatchShape, Mesh
     from pipeline.training.loop import Batch, Trained
 
 
@@ -72,7 +72,7 @@ class Finetune(Stage):
 
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
         """Weights once, and weights with two moments for every checkpoint of both trainings; the input is the model."""
-        return input_bytes * (1 + 4 * (run.keep_checkpoints + 1) * (2 if self.baseline else 1))
+        return input_bytes * (1 + 4 * (run.checkpoints.keep + 1) * (2 if self.baseline else 1))
 
     @classmethod
     def headline(cls, stats: Stats) -> tuple[str, str]:
@@ -88,13 +88,13 @@ class Finetune(Stage):
 
         examples = self._read(ctx)
         steps = -(-len(examples.train) * self.epochs // self.batch_examples)
-        with process_group() as mpu:
+        with process_group() as mesh:
             scores: dict[str, float] = {}
             if self.baseline:
-                trained = self._train(ctx, mpu, examples, steps, pretrained=False)
+                trained = self._train(ctx, mesh, examples, steps, pretrained=False)
                 scores |= {f"baseline.{name}": value for name, value in self._test(trained, examples).items()}
                 trained.engine.destroy()
-            trained = self._train(ctx, mpu, examples, steps, pretrained=True)
+            trained = self._train(ctx, mesh, examples, steps, pretrained=True)
             scores |= self._test(trained, examples)
             with trained.evaluated():
                 weights = full_weights(trained.engine)
@@ -126,9 +126,7 @@ class Finetune(Stage):
             splits[split] = [(tokenizer.encode(row.text)[: self.seq_len], known[row.label]) for row in found]
         return Examples(splits["train"], splits["valid"], splits["test"], labels)
 
-    def _train(
-        self, ctx: Context, mpu: "DataParallelUnit", examples: "Examples", steps: int, pretrained: bool
-    ) -> "Trained":
+    def _train(self, ctx: Context, mesh: "Mesh", examples: "Examples", steps: int, pretrained: bool) -> "Trained":
         from pipeline.models.initial import lr_scales
         from pipeline.training.loop import Recipe, Trainee, train
 
@@ -145,7 +143,7 @@ class Finetune(Stage):
             label=f"{name} ({2 if pretrained else 1} of 2) " if self.baseline else "",
             first_step=steps if pretrained and self.baseline else 0,
         )
-        return train(ctx, mpu, recipe, trainee)
+        return train(ctx, mesh, recipe, trainee)
 
     def _build(self, source: "Artifact", labels: Sequence[str], pretrained: bool) -> "Classifier":
         from pipeline.models.classifier import Classifier

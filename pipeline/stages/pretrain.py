@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.models.transformer import Transformer
-    from pipeline.parallel.mesh import DataParallelUnit
+    from pipeline.parallel.mesh import Mesh
     from pipeline.text.loader import Loader
     from pipeline.training.loop import Trained
     from pipeline.training.objectives.batch import Examples
@@ -196,7 +196,7 @@ class Pretrain(Stage):
             return 0
         params = model.model_copy(update={"vocab_size": model.vocab_size or 2**16}).num_params()
         copies = 2 + self.optimizer.state_copies + (self.average.state_copies if self.average else 0)
-        return 4 * params * (1 + copies * (run.keep_checkpoints + 1))
+        return 4 * params * (1 + copies * (run.checkpoints.keep + 1))
 
     @classmethod
     def headline(cls, stats: Stats) -> tuple[str, str]:
@@ -224,8 +224,8 @@ class Pretrain(Stage):
         validation = Validation(held, replace(examples, seed=SEED), self.validation_sequences)
         for line in describe(self, loader, held):
             ctx.log(line)
-        with process_group() as mpu:
-            trained = self._train(ctx, mpu, model, loader, examples, validation)
+        with process_group() as mesh:
+            trained = self._train(ctx, mesh, model, loader, examples, validation)
             with trained.evaluated():
                 weights = full_weights(trained.engine)
         if ctx.rank == 0:
@@ -260,7 +260,7 @@ class Pretrain(Stage):
     def _train(
         self,
         ctx: Context,
-        mpu: "DataParallelUnit",
+        mesh: "Mesh",
         model: "Transformer",
         loader: "Loader",
         examples: "Examples",
@@ -274,14 +274,14 @@ class Pretrain(Stage):
         trainee = Trainee(
             model=model,
             feed=lambda step, rank, shape: read_batch(examples, loader, step, rank, shape),
-            validate=lambda module: validation.run(module, mpu),
+            validate=lambda module: validation.run(module, mesh),
             checkpoints=ctx.directory / CHECKPOINTS,
             coefficients=coefficients(self.objective, model.config),
             term_names=self.objective.term_names,
             lr_scales=lr_scales(model, model.config),
-            after_step=lambda module: after_step(module, mpu.data_group),
+            after_step=lambda module: after_step(module, mesh.data_group),
         )
-        return train(ctx, mpu, Recipe.of(self, batch_rows=self.batch_rows), trainee)
+        return train(ctx, mesh, Recipe.of(self, batch_rows=self.batch_rows), trainee)
 
     def _write(self, ctx: Context, config: AnyModel, weights: "Mapping[str, torch.Tensor]", tokens: Artifact) -> None:
         import torch

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Preempted, TrainingError
 from pipeline.parallel.engine import EngineSettings, Precision, build_engine
-from pipeline.parallel.mesh import BatchShape, DataParallelUnit, shape_batch
+from pipeline.parallel.mesh import BatchShape, Mesh, shape_batch
 from pipeline.settings import Settings
 from pipeline.stage import Context
 from pipeline.text.tokenizers import TOKENIZER
@@ -117,7 +117,7 @@ class Trained:
             yield self.engine.module
 
 
-def train(ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee) -> Trained:
+def train(ctx: Context, mesh: Mesh, recipe: Recipe, trainee: Trainee) -> Trained:
     """Train until the last step, from the newest checkpoint if there is one.
 
     Raises:
@@ -125,29 +125,29 @@ def train(ctx: Context, mpu: DataParallelUnit, recipe: Recipe, trainee: Trainee)
         Preempted: When a stop was asked for; the state is saved.
     """
     run, zero = ctx.settings, ctx.settings.parallel.zero
-    shape = shape_batch(recipe.batch_rows, run.microbatch_sequences, mpu.world)
+    shape = shape_batch(recipe.batch_rows, run.microbatch_sequences, mesh.data)
     settings = EngineSettings(shape, zero, recipe.precision, recipe.clip_norm, run.parallel.deepspeed)
     optimizer = recipe.optimizer.build(trainee.model, trainee.lr_scales)
     if recipe.average is not None:
         recipe.average.attach(optimizer)
-    engine = build_engine(trainee.model, optimizer, settings, mpu)
+    engine = build_engine(trainee.model, optimizer, settings, mesh)
     start = load_checkpoint(engine, trainee.checkpoints, zero, ctx.log)
     if 0 < start < recipe.steps:
         rate = _rate(recipe, start)
         ctx.log(f"{trainee.label}continues after step {start} of {recipe.steps}, learning rate {rate:.2e}")
     trained = Trained(engine, recipe.average)
     progress = ctx.progress(recipe.steps, f"{trainee.label}steps", start)
-    with Feeder(lambda step: trainee.feed(step, mpu.rank, shape), start + 1, recipe.steps) as feeder:
+    with Feeder(lambda step: trainee.feed(step, mesh.data_rank, shape), start + 1, recipe.steps) as feeder:
         for step in range(start + 1, recipe.steps + 1):
-            numbers, stop = _do_step(ctx, mpu, recipe, trainee, engine, feeder, step)
+            numbers, stop = _do_step(ctx, mesh, recipe, trainee, engine, feeder, step)
             last = step == recipe.steps
             if last or (recipe.validate_every_steps and step % recipe.validate_every_steps == 0):
                 trained.validation = _validate(ctx, trainee, trained, step)
                 numbers |= trained.validation
             _log(ctx, trainee, step, numbers)
             progress.advance(1, f"loss {numbers['loss']:.3f}  {numbers['tokens_per_s']:,.0f} tokens/s")
-            if stop or last or step % run.checkpoint_every_steps == 0:
-                save_checkpoint(engine, trainee.checkpoints, step, zero, run.keep_checkpoints)
+            if stop or last or step % run.checkpoints.every_steps == 0:
+                save_checkpoint(engine, trainee.checkpoints, step, zero, run.checkpoints.keep)
             if stop and not last:
                 raise Preempted(f"{ctx.task} after step {step} of {recipe.steps}, state saved")
     progress.close()
@@ -174,7 +174,7 @@ def write_model(ctx: Context, tokenizer: Path, save: Callable[[Path], list[str]]
 
 def _do_step(
     ctx: Context,
-    mpu: DataParallelUnit,
+    mesh: Mesh,
     recipe: Recipe,
     trainee: Trainee,
     engine: Any,
@@ -184,12 +184,12 @@ def _do_step(
     """Feed one batch and update the weights; return the step's numbers, and whether some rank was asked to stop."""
     began = time.perf_counter()
     batch, waited_s = feeder.take()
-    *weights, tokens = mpu.sum([*batch.weights.values(), batch.tokens], engine.device)
-    _seed(recipe.seed, step, mpu.rank)
+    *weights, tokens = mesh.sum([*batch.weights.values(), batch.tokens], engine.device)
+    _seed(recipe.seed, step, mesh.data_rank)
     for group in engine.optimizer.param_groups:
         group["lr"] = _rate(recipe, step) * group.get("lr_scale", 1.0)
     terms = _optimize(engine, batch, dict(zip(batch.weights, weights, strict=True)), trainee.coefficients)
-    *means, stops = mpu.sum([*terms.values(), ctx.should_stop()], engine.device)
+    *means, stops = mesh.sum([*terms.values(), ctx.should_stop()], engine.device)
     losses = _name_losses(dict(zip(terms, means, strict=True)), trainee)
     _check_finite(ctx, trainee, step, losses)
     routed = trainee.after_step(engine.module)

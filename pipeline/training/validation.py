@@ -11,7 +11,7 @@ from pipeline.training.objectives import Causal, Distillation, Objective
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.parallel.mesh import DataParallelUnit
+    from pipeline.parallel.mesh import Mesh
     from pipeline.text.stream import TokenStream
     from pipeline.training.objectives.batch import Examples
 
@@ -33,13 +33,13 @@ class Validation:
     examples: "Examples"
     sequences: int
 
-    def run(self, module: "torch.nn.Module", mpu: "DataParallelUnit") -> dict[str, float]:
+    def run(self, module: "torch.nn.Module", mesh: "Mesh") -> dict[str, float]:
         """Return the losses by name, the same on every rank.
 
         `validation_loss` is that of all sources; where there are several each has one under its name, and where the
         loss is a sum of several terms each of them too, behind that.
         """
-        scores = {name: self._score(module, stream, mpu) for name, stream in self.held.items()}
+        scores = {name: self._score(module, stream, mesh) for name, stream in self.held.items()}
         numbers: dict[str, float] = {}
         for name, found in scores.items():
             suffix = f".{name}" if len(scores) > 1 else ""
@@ -57,12 +57,12 @@ class Validation:
             numbers["validation_bits_per_byte"] = whole.sums["tokens"] / num_bytes / math.log(2)
         return numbers
 
-    def _score(self, module: "torch.nn.Module", stream: "TokenStream", mpu: "DataParallelUnit") -> Score:
+    def _score(self, module: "torch.nn.Module", stream: "TokenStream", mesh: "Mesh") -> Score:
         total = num_windows(stream, self.examples.objective.row_tokens(self.examples.seq_len))
         count = min(self.sequences, total)
         windows: list[int | None] = [i * total // count for i in range(count)]
-        windows += [None] * (-count % mpu.world)
-        return _sum(score(module, stream, self.examples, windows[mpu.rank :: mpu.world]), module, mpu)
+        windows += [None] * (-count % mesh.data)
+        return _sum(score(module, stream, self.examples, windows[mesh.data_rank :: mesh.data]), module, mesh)
 
 
 def name_terms(objective: Objective, found: Score, only: Collection[str] | None = None) -> dict[str, float]:
@@ -83,10 +83,10 @@ def predicts_text(objective: Objective) -> bool:
     return isinstance(objective.objective if isinstance(objective, Distillation) else objective, Causal)
 
 
-def _sum(found: Score, module: "torch.nn.Module", mpu: "DataParallelUnit") -> Score:
+def _sum(found: Score, module: "torch.nn.Module", mesh: "Mesh") -> Score:
     """Sum a score over the ranks, of which all have the same terms."""
     device, count = next(module.parameters()).device, len(found.sums)
-    totals = mpu.sum([*found.sums.values(), *found.weights.values()], device)
+    totals = mesh.sum([*found.sums.values(), *found.weights.values()], device)
     return Score(
         dict(zip(found.sums, totals[:count], strict=True)), dict(zip(found.weights, totals[count:], strict=True))
     )

@@ -39,7 +39,7 @@ def refused(tmp_path, *arguments, status) -> str:
         (["job=tiny", "tasks.pretrain.seq_len=128"], "seq_len: 128 is longer than the model's max_seq_len of 64"),
         (["job=tiny", "tasks.finetune.seq_len=65"], "tasks.finetune.seq_len: 65 is longer than the model's"),
         (["job=tiny", "tasks.pretrain.batch_tokens=500"], "500 does not divide into sequences of 32 tokens"),
-        (["job=tiny", "run.ranks=3"], "a batch of 16 rows does not divide among 3 ranks"),
+        (["job=tiny", "run.ranks=3"], "a batch of 16 rows does not divide among 3 data-parallel ranks"),
         (["job=tiny", "tasks.pretrain.model.num_heads=5"], "d_model (32) must be a multiple of num_heads (5)"),
         (
             ["job=tiny", "tasks.generate.model=@finetune"],

@@ -96,26 +96,26 @@ def train_alone(settings, average):
     return {"losses": losses, "first": first, "weights": weights, "evaluated": point}
 
 
-def train(mpu, directory, zero, precision, settings, average, stop=None):
+def train(mesh, directory, zero, precision, settings, average, stop=None):
     """Train from the newest checkpoint until the end, or save one after step `stop`."""
     model = Tiny()
     optimizer = settings.build(model, SCALES)
     if average:
         average.attach(optimizer)
-    shape = shape_batch(ROWS, 1, mpu.world)
+    shape = shape_batch(ROWS, 1, mesh.data)
     extra = {"zero_optimization": {"stage3_param_persistence_threshold": 20}}
     if zero == 3:
         extra["zero_optimization"]["sub_group_size"] = 100
-    engine = build_engine(model, optimizer, EngineSettings(shape, zero, precision, CLIP, extra), mpu)
+    engine = build_engine(model, optimizer, EngineSettings(shape, zero, precision, CLIP, extra), mesh)
     start = load_checkpoint(engine, directory, zero, print)
     losses = []
     for step in range(start + 1, (stop or STEPS) + 1):
         set_rates(engine.optimizer, settings, step)
         ids, labels = rows(step)
         loss = torch.zeros(())
-        for microbatch in shape.microbatches(mpu.rank):
+        for microbatch in shape.microbatches(mesh.data_rank):
             part = engine(ids[microbatch], labels[microbatch])
-            engine.backward(part * shape.accumulation * mpu.world / (ROWS * 8))
+            engine.backward(part * shape.accumulation * mesh.data / (ROWS * 8))
             engine.step()
             loss += part.detach() / (ROWS * 8)
         torch.distributed.all_reduce(loss)
@@ -132,20 +132,20 @@ def train(mpu, directory, zero, precision, settings, average, stop=None):
         loss = engine.module(ids, labels).item()
     flats = flat_partitions(engine)
     matrices = [matrix for flat in flats.values() for matrix in flat.matrices() if len(matrix.shape) == 2]
-    cut = sum(matrix.share(mpu.rank) not in (0, matrix.bounds[-1]) for matrix in matrices)
+    cut = sum(matrix.share(mesh.data_rank) not in (0, matrix.bounds[-1]) for matrix in matrices)
     engine.destroy()
     return {"losses": losses, "weights": weights, "evaluated": evaluated, "evaluated_loss": loss, "cut": cut}
 
 
 def run_rank(directory, zero, precision):
-    with process_group() as mpu:
+    with process_group() as mesh:
         for name, (settings, average) in CASES.items():
             if precision == "bf16" and name not in ("muon", "adafactor", "ema"):
                 continue
-            found = train(mpu, directory / "none", zero, precision, settings, average)
-            train(mpu, directory / name, zero, precision, settings, average, stop=STOP)
-            continued = train(mpu, directory / name, zero, precision, settings, average)
-            if mpu.rank == 0:
+            found = train(mesh, directory / "none", zero, precision, settings, average)
+            train(mesh, directory / name, zero, precision, settings, average, stop=STOP)
+            continued = train(mesh, directory / name, zero, precision, settings, average)
+            if mesh.data_rank == 0:
                 torch.save({**found, "continued": continued}, directory / f"{name}.pt")
 
 

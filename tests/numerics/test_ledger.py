@@ -36,7 +36,7 @@ def settings(tokens: Path, root: Path, world: int) -> list[object]:
         f"stage.steps={STEPS}",
         "stage.validate_every_steps=null",
         "stage.validation_sequences=4",
-        "run.checkpoint_every_steps=2",
+        "run.checkpoints.every_steps=2",
         f"run.ranks={world}",
         f"root={root}",
     ]

@@ -67,16 +67,16 @@ def wait_for_step(tmp_path, root: str, step: int) -> None:
 
 
 def test_killed_runs_end_in_the_same_bits(pretrain, tmp_path):
-    run_pipeline(*pretrain("whole", "run.checkpoint_every_steps=3"))
+    run_pipeline(*pretrain("whole", "run.checkpoints.every_steps=3"))
     chooser = random.Random(0)
     for kill_at in (2, 7, 13):  # before the first checkpoint, and twice between two
-        process = start(pretrain("killed", "run.checkpoint_every_steps=3"))
+        process = start(pretrain("killed", "run.checkpoints.every_steps=3"))
         wait_for_step(tmp_path, "killed", kill_at)
         time.sleep(chooser.uniform(0, 0.05))
         os.kill(process.pid, signal.SIGKILL)  # the launcher; its rank dies with it
         process.wait()
     assert not (made(tmp_path, "killed") / "manifest.json").exists()
-    done = run_pipeline(*pretrain("killed", "run.checkpoint_every_steps=3"))
+    done = run_pipeline(*pretrain("killed", "run.checkpoints.every_steps=3"))
     assert "continues after step 12 of 20" in done.stdout
     assert weights(tmp_path, "killed") == weights(tmp_path, "whole")
     assert losses(tmp_path, "killed") == losses(tmp_path, "whole")
@@ -137,7 +137,7 @@ def test_packing_and_warm_up_do_not_depend_on_ranks_and_microbatches(pretrain, t
 
 def test_a_damaged_checkpoint_is_set_aside(pretrain, tmp_path):
     run_pipeline(*pretrain("whole"))
-    process = start(pretrain("x", "run.checkpoint_every_steps=4", "run.keep_checkpoints=3"))
+    process = start(pretrain("x", "run.checkpoints.every_steps=4", "run.checkpoints.keep=3"))
     wait_for_step(tmp_path, "x", 15)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_set_aside(pretrain, tmp_path):
 
 
 def test_a_checkpoint_of_another_layout_is_refused(pretrain, tmp_path):
-    process = start(pretrain("x", "run.checkpoint_every_steps=2", "stage.steps=400"))
+    process = start(pretrain("x", "run.checkpoints.every_steps=2", "stage.steps=400"))
     wait_for_step(tmp_path, "x", 5)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -199,13 +199,13 @@ def test_a_seed_may_be_a_date(pretrain, tmp_path):
 
 
 def test_what_a_killed_save_left_is_cleared(pretrain, tmp_path):
-    process = start(pretrain("x", "run.checkpoint_every_steps=2", "stage.steps=400"))
+    process = start(pretrain("x", "run.checkpoints.every_steps=2", "stage.steps=400"))
     wait_for_step(tmp_path, "x", 5)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     checkpoints = made(tmp_path, "x") / "checkpoints"
     (checkpoints / "step-00000001.tmp").mkdir()
-    process = start(pretrain("x", "run.checkpoint_every_steps=2", "stage.steps=400"))
+    process = start(pretrain("x", "run.checkpoints.every_steps=2", "stage.steps=400"))
     wait_for_step(tmp_path, "x", 9)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 75

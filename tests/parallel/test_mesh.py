@@ -26,7 +26,7 @@ def test_every_row_is_fed_by_exactly_one_rank():
 
 
 def test_numbers_that_do_not_divide_are_refused():
-    with pytest.raises(ConfigError, match="run.ranks: a batch of 16 rows does not divide among 3 ranks"):
+    with pytest.raises(ConfigError, match="run.ranks: a batch of 16 rows does not divide among 3 data-parallel ranks"):
         shape_batch(16, None, 3)
     with pytest.raises(ConfigError, match="run.microbatch_sequences: the 8 rows of a rank do not divide"):
         shape_batch(16, 3, 2)

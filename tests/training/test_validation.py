@@ -20,7 +20,7 @@ class Known(Validation):
 
     scores = {}
 
-    def _score(self, module, stream, mpu):
+    def _score(self, module, stream, mesh):
         return next(score for name, score in self.scores.items() if self.held[name] is stream)
 
 
