@@ -1,9 +1,10 @@
 """The only door to DeepSpeed's engine, and the only writer of its JSON."""
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -114,6 +115,33 @@ def process_group(tensor: int = 1, timeout: timedelta = GROUP_TIMEOUT, at: str |
             deepspeed.comm.destroy_process_group()
 
 
+class Gate:
+    """Stands before the `step` of an optimizer, which DeepSpeed calls once for each group, and asks whether it may go.
+
+    Attributes:
+        grad_norm: The global norm of the step's gradient, infinite where it is not finite (then DeepSpeed updates
+            nothing by itself).
+        updated: Whether the weights were changed.
+    """
+
+    def __init__(self, engine: Any, optimizer: "torch.optim.Optimizer") -> None:
+        self._engine, self._update = engine, optimizer.step
+        self._ask: Callable[[float], bool] = lambda grad_norm: True
+        self._asked = self.updated = False
+        self.grad_norm = math.inf
+        optimizer.step = self._step  # type: ignore[method-assign]
+
+    def begin(self, ask: Callable[[float], bool]) -> None:
+        """Get ready for a step; `ask` is called once, with the norm of the gradient, before any weight changes."""
+        self._ask, self._asked, self.updated, self.grad_norm = ask, False, False, math.inf
+
+    def _step(self, *arguments: Any, **named: Any) -> Any:
+        if not self._asked:
+            self.grad_norm = float(self._engine.optimizer._global_grad_norm)
+            self._asked, self.updated = True, self._ask(self.grad_norm)
+        return self._update(*arguments, **named) if self.updated else None
+
+
 def build_engine(
     model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", settings: EngineSettings, mesh: Mesh
 ) -> Any:
@@ -139,6 +167,7 @@ def build_engine(
             raise
         reason = " ".join(str(error).split())
         raise ConfigError(f"run.parallel.deepspeed: DeepSpeed does not take it: {reason}") from error
+    engine.gate = Gate(engine, optimizer)
     if hasattr(optimizer, "layouts"):
         optimizer.layouts = flat_partitions(engine)
     return engine

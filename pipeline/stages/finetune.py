@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pipeline.artifact import Artifact
     from pipeline.models.classifier import Classifier
     from pipeline.parallel.mesh import BatchShape, Mesh
-    from pipeline.training.loop import Batch, Trained
+    from pipeline.training.loop import Trained
+    from pipeline.training.step import Batch
 
 
 class Finetune(Stage):
@@ -162,7 +163,7 @@ class Finetune(Stage):
 
     def _feed(self, examples: "Examples", step: int, rank: int, shape: "BatchShape") -> "Batch":
         from pipeline.text.shuffle import permute
-        from pipeline.training.loop import Batch
+        from pipeline.training.step import Batch
 
         size, first = len(examples.train), (step - 1) * self.batch_examples
         places = [divmod(place, size) for place in range(first, first + self.batch_examples)]

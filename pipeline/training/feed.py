@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 if TYPE_CHECKING:
     from pipeline.parallel.mesh import BatchShape
     from pipeline.text.loader import Loader
-    from pipeline.training.loop import Batch
     from pipeline.training.objectives.batch import Examples
+    from pipeline.training.step import Batch
 
 STEPS_AHEAD = 2
 
@@ -54,8 +54,8 @@ def read_batch(examples: "Examples", loader: "Loader", step: int, rank: int, sha
     """Return a rank's part of the batch of a step (from 1), in as many microbatches as the shape says."""
     import torch
 
-    from pipeline.training.loop import Batch
     from pipeline.training.objectives.batch import count_terms
+    from pipeline.training.step import Batch
 
     first = rank * shape.rows_per_rank
     example = examples.read(loader, step, slice(first, first + shape.rows_per_rank))

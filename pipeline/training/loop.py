@@ -24,6 +24,7 @@ from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.feed import Feeder
 from pipeline.training.optim import AnyOptimizer
 from pipeline.training.schedule import AnySchedule
+from pipeline.training.step import Batch, Step, take_step
 
 if TYPE_CHECKING:
     import torch
@@ -53,23 +54,6 @@ class Recipe(Settings):
         """Return the recipe of a stage: its settings of the same names, and `more`."""
         shared = {name: getattr(stage, name) for name in cls.model_fields if name in type(stage).model_fields}
         return cls(**shared, **more)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's part of a global batch.
-
-    Attributes:
-        microbatches: The arguments that the model is called with, one time after another; it returns the summed losses
-            of all terms.
-        weights: How many there are of each unit that a term counts (labels, rows, …); the term is divided by their sum
-            over all ranks.
-        tokens: Number of tokens in them.
-    """
-
-    microbatches: list[dict[str, "torch.Tensor"]]
-    weights: dict[str, int]
-    tokens: int
 
 
 @dataclass
@@ -184,32 +168,31 @@ def _do_step(
     """Feed one batch and update the weights; return the step's numbers, and whether some rank was asked to stop."""
     began = time.perf_counter()
     batch, waited_s = feeder.take()
-    *weights, tokens = mesh.sum([*batch.weights.values(), batch.tokens], engine.device)
     _seed(recipe.seed, step, mesh.data_rank)
     for group in engine.optimizer.param_groups:
         group["lr"] = _rate(recipe, step) * group.get("lr_scale", 1.0)
-    terms = _optimize(engine, batch, dict(zip(batch.weights, weights, strict=True)), trainee.coefficients)
-    *means, stops = mesh.sum([*terms.values(), ctx.should_stop()], engine.device)
-    losses = _name_losses(dict(zip(terms, means, strict=True)), trainee)
+    done = take_step(engine, mesh, batch, trainee.coefficients)
+    losses = _name_losses(done, trainee)
     _check_finite(ctx, trainee, step, losses)
+    (stops,) = mesh.sum([ctx.should_stop()], engine.device)
     routed = trainee.after_step(engine.module)
     seconds = time.perf_counter() - began
     return {
         **losses,
         "lr": _rate(recipe, step),
-        "grad_norm": float(engine.get_global_grad_norm()),
-        "tokens_per_s": tokens / seconds,
+        "grad_norm": done.grad_norm,
+        "tokens_per_s": done.tokens / seconds,
         "data_wait_fraction": waited_s / seconds,
         **routed,
     }, stops > 0
 
 
-def _name_losses(terms: Mapping[str, float], trainee: Trainee) -> dict[str, float]:
+def _name_losses(done: Step, trainee: Trainee) -> dict[str, float]:
     """Return the loss that was minimized, and where it has several terms each of them."""
-    total = sum(trainee.coefficients.get(term, 1.0) * mean for term, mean in terms.items())
-    if len(terms) == 1:
-        return {"loss": total}
-    return {"loss": total} | {f"loss.{trainee.term_names.get(term, term)}": mean for term, mean in terms.items()}
+    if len(done.terms) == 1:
+        return {"loss": done.loss}
+    named = {f"loss.{trainee.term_names.get(term, term)}": mean for term, mean in done.terms.items()}
+    return {"loss": done.loss} | named
 
 
 def _validate(ctx: Context, trainee: Trainee, trained: Trained, step: int) -> Mapping[str, float]:
@@ -226,38 +209,6 @@ def _check_finite(ctx: Context, trainee: Trainee, step: int, numbers: Mapping[st
                 f"{ctx.task}: the {trainee.prefix}{name} of step {step} is {value}; the checkpoints before it stay in "
                 f"{trainee.checkpoints}; a lower optimizer.lr or a clip_norm often helps"
             )
-
-
-def _optimize(
-    engine: Any, batch: Batch, weights: Mapping[str, float], coefficients: Mapping[str, float]
-) -> dict[str, float]:
-    """Do one optimizer step; return this rank's share of the mean of each term of the batch's loss.
-
-    DeepSpeed averages over microbatches and ranks; each loss is scaled so that the average is the sum of all losses
-    over `weights`, the numbers of labels and rows in the whole batch, however these are spread.
-    """
-    import torch
-
-    from pipeline.models.transformer import unit_of_loss
-
-    engine.train()
-    scale = len(batch.microbatches) * engine.dp_world_size
-    sums: dict[str, list[torch.Tensor]] = {}
-
-    def count(term: str) -> float:
-        return max(weights[unit_of_loss(term)], 1)
-
-    for microbatch in batch.microbatches:
-        arguments = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in microbatch.items()}
-        terms: dict[str, torch.Tensor] = engine(**arguments)
-        factors = {term: coefficients.get(term, 1.0) / count(term) for term in terms}
-        loss = torch.stack([terms[term] * (factor * scale) for term, factor in factors.items()]).sum()
-        engine.backward(loss)
-        engine.step()
-        for term, value in terms.items():
-            sums.setdefault(term, []).append(value.detach())
-    totals = torch.stack([torch.stack(parts).sum() for parts in sums.values()]).tolist()
-    return {term: total / count(term) for term, total in zip(sums, totals, strict=True)}
 
 
 def _rate(recipe: Recipe, step: int) -> float:
