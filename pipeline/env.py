@@ -12,6 +12,7 @@ from pipeline.errors import Interrupted, Preempted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1, which NCCL may catch
 LAUNCHER = "PIPELINE_LAUNCHER"  # environment variable with the process id of a rank's launcher
+ATTEMPT = "PIPELINE_ATTEMPT"  # environment variable with the number of the try that a rank belongs to
 
 
 @dataclass(frozen=True)

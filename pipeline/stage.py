@@ -18,7 +18,7 @@ from pydantic import Field, StringConstraints
 
 from pipeline.artifact import WORK, Artifact, FileRecord, atomic, write_json
 from pipeline.env import Ranks
-from pipeline.errors import Preempted
+from pipeline.errors import LaunchError, Preempted
 from pipeline.progress import Progress
 from pipeline.proof import Proofs, settle
 from pipeline.settings import Choice, Settings, decode, encode
@@ -28,6 +28,7 @@ Stats = dict[str, Any]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # becomes part of a path
 SCRATCH = "scratch"  # in work/
 PARTIAL = "partial"  # in work/: what a stage needs to go on with inside a unit; gone once the artifact is published
+ATTEMPT_FILE = "attempt"  # in work/: the number of the newest try; ranks of earlier ones may no longer write
 CHECKPOINTS = "checkpoints"  # of a training, beside work/
 
 
@@ -213,6 +214,7 @@ class Context:
         inputs: The open artifacts, by the dotted path of the setting that names each.
         open_tracker: Opens the tracker of this artifact, given the step to continue after; `tracker` calls it once.
         should_stop: Whether somebody asked this rank to stop.
+        attempt: The number of the try that this rank belongs to; 0 where no launcher counts them.
     """
 
     task: str
@@ -222,6 +224,7 @@ class Context:
     ranks: Ranks = field(default_factory=Ranks)
     open_tracker: Callable[[int], Tracker] = lambda after_step: Tracker()
     should_stop: Callable[[], bool] = lambda: False
+    attempt: int = 0
     output: Output = field(init=False)
     _tracker: Tracker | None = None
 
@@ -233,6 +236,24 @@ class Context:
         if self._tracker is None:
             self._tracker = self.open_tracker(after_step) if self.rank == 0 else Tracker()
         return self._tracker
+
+    def rewind_tracker(self, after_step: int) -> None:
+        """Go back to a step: the numbers of later ones are dropped."""
+        self.close_tracker(failed=False)
+        self._tracker = None
+        self.tracker(after_step)
+
+    def check_attempt(self) -> None:
+        """Refuse to write for a try that has been followed by another one, as when a node that was cut off comes back.
+
+        Raises:
+            LaunchError: If a later try has begun.
+        """
+        path = self.directory / WORK / ATTEMPT_FILE
+        if self.attempt and (newest := int(path.read_text("ascii"))) != self.attempt:
+            raise LaunchError(
+                f"{self.directory}: this is try {self.attempt} and try {newest} has begun; nothing more is written"
+            )
 
     def close_tracker(self, failed: bool) -> None:
         """Write out what the tracker holds back, if one was opened."""

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import pipeline
 from pipeline.artifact import WORK, InputRecord, Made, Manifest, is_disk_full, open_artifact, write_manifest
-from pipeline.env import STOP_SIGNALS, Ranks, StopRequest, read_ranks
+from pipeline.env import ATTEMPT, STOP_SIGNALS, Ranks, StopRequest, read_ranks
 from pipeline.errors import ArtifactError, PipelineError
 from pipeline.launch import AnyRun
 from pipeline.launch.local import leave_reason
@@ -64,6 +64,7 @@ def context(task: FrozenTask, ranks: Ranks) -> Context:
         inputs=inputs,
         settings=task.run,
         ranks=ranks,
+        attempt=int(os.environ.get(ATTEMPT, "0")),
         open_tracker=lambda step: open_tracker(task.tracker, directory, run_id, title, encode(task.stage), step),
     )
 
@@ -78,6 +79,7 @@ def work(task: FrozenTask, stop: StopRequest) -> None:
         failed = False
     finally:
         ctx.close_tracker(failed)
+    ctx.check_attempt()
     ctx.output.save(ctx.directory / WORK / "ranks" / f"{ctx.rank:05d}.json")
 
 

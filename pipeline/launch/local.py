@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from pipeline import errors
-from pipeline.artifact import WORK, write_json
-from pipeline.env import LAUNCHER, StopRequest, cpus
+from pipeline.artifact import WORK, atomic, write_json
+from pipeline.env import ATTEMPT, LAUNCHER, StopRequest, cpus
 from pipeline.errors import ArtifactError, ConfigError, LaunchError, PipelineError, Preempted
-from pipeline.stage import Run
+from pipeline.stage import ATTEMPT_FILE, Run
 
 REDRAW = b"\r\x1b[2K"  # how a progress line begins
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -54,6 +54,15 @@ def locked(directory: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def begin_attempt(directory: Path) -> int:
+    """Return the number of a new try at the task in `directory`; those of earlier tries may no longer write there."""
+    path = directory / WORK / ATTEMPT_FILE
+    number = int(path.read_text("ascii")) + 1 if path.exists() else 1
+    with atomic(path) as temporary:
+        temporary.write_text(str(number), "ascii")
+    return number
+
+
 def launch(directory: Path, num_ranks: int, run: Run, lock: int, stop: StopRequest) -> None:
     """Run `num_ranks` ranks of the task frozen in `directory` and return when all have ended well.
 
@@ -68,8 +77,15 @@ def launch(directory: Path, num_ranks: int, run: Run, lock: int, stop: StopReque
     for old in (directory / WORK).glob("failure-*.json"):
         old.unlink()
     threads = run.threads or max(1, cpus() // num_ranks)
-    port = _free_port() if num_ranks > 1 else 0
-    ranks = [_start(directory, rank, num_ranks, threads, port, lock) for rank in range(num_ranks)]
+    shared = {
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port() if num_ranks > 1 else 0),
+        "OMP_NUM_THREADS": str(threads),
+        "RAYON_NUM_THREADS": str(threads),
+        ATTEMPT: str(begin_attempt(directory)),
+    }
+    ranks = [_start(directory, rank, shared, lock) for rank in range(num_ranks)]
     stop.hand_on = lambda: _signal_all(ranks, signal.SIGTERM if len(stop.came) == 1 else signal.SIGKILL)
     if stop:
         stop.hand_on()
@@ -86,16 +102,12 @@ def launch(directory: Path, num_ranks: int, run: Run, lock: int, stop: StopReque
     raise reason or _guessed_reason(directory, failed, status)
 
 
-def _start(directory: Path, rank: int, num_ranks: int, threads: int, port: int, lock: int) -> "subprocess.Popen[bytes]":
+def _start(directory: Path, rank: int, shared: Mapping[str, str], lock: int) -> "subprocess.Popen[bytes]":
     environment = {
         **os.environ,
+        **shared,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": str(threads),
-        "RAYON_NUM_THREADS": str(threads),
         # Note: threads that wait for one another spin; on busy processors that costs most of the speed
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
         "PIPELINE_TERMINAL_WIDTH": _terminal_width() if rank == 0 else "",
