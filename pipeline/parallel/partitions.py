@@ -1,4 +1,4 @@
-"""What lies where in the flat vectors that DeepSpeed hands an optimizer, and how whole matrices come out of them.
+"""What lies where in the flat vectors that DeepSpeed hands an optimizer.
 
 ZeRO joins many parameters into one vector and gives every data-parallel rank a piece of it, or of each parameter
 (stage 3). An optimizer that works element by element need not know; one that looks at matrices does.
@@ -6,8 +6,8 @@ ZeRO joins many parameters into one vector and gives every data-parallel rank a 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -24,7 +24,8 @@ class Cut:
         bounds: Data-parallel rank r holds its elements from bounds[r] up to bounds[r + 1], counted row by row.
         offset: Where this rank's elements begin in its partition.
         name: Of the parameter in the model.
-        sliced: The dimension along which tensor-parallel ranks share the parameter; null where each has all of it.
+        sliced: The dimension along which tensor-parallel ranks share the parameter, each the same number of rows of it;
+            null where each has all of it.
     """
 
     shape: tuple[int, ...]
@@ -43,12 +44,14 @@ class Cut:
         Args:
             rank: The rank whose partition `offset` is a place in.
         """
+        leading = len(self.shape) - 2
+        assert self.sliced is None or self.sliced >= leading  # a stack is not shared matrix by matrix
         size = math.prod(self.shape[-2:])
         for first in range(0, math.prod(self.shape), size):
             bounds = tuple(min(max(bound - first, 0), size) for bound in self.bounds)
             skipped = max(first - self.bounds[rank], 0)
             offset = self.offset + min(skipped, self.share(rank))
-            sliced = None if self.sliced is None else self.sliced - (len(self.shape) - 2)
+            sliced = None if self.sliced is None else self.sliced - leading
             yield type(self)(self.shape[-2:], bounds, offset, self.name, sliced)
 
 
@@ -57,12 +60,17 @@ class Layout:
     """What lies in one flat partition, on this rank and on the others.
 
     Attributes:
-        group: The ranks that share the vector; null is this process alone.
+        group: The data-parallel ranks that share the vector; null where this process has all of it.
+        tensor: How many tensor-parallel ranks share the parameters that are sliced; each has such a vector.
+        tensor_group: Those ranks; null is this process alone.
     """
 
     cuts: tuple[Cut, ...]
     rank: int = 0
     group: "dist.ProcessGroup | None" = None
+    tensor: int = 1
+    tensor_rank: int = 0
+    tensor_group: "dist.ProcessGroup | None" = None
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Self:
@@ -78,12 +86,35 @@ class Layout:
         """Return all matrices in it, those of stacks one by one."""
         return [matrix for cut in self.cuts for matrix in cut.matrices(self.rank)]
 
+    def whole_shape(self, cut: Cut) -> tuple[int, ...]:
+        """Return the shape of all that the tensor-parallel ranks hold of a cut together."""
+        return tuple(size * self.tensor if dim == cut.sliced else size for dim, size in enumerate(cut.shape))
+
+
+def join(layouts: Sequence[Layout], sizes: Sequence[int]) -> Layout:
+    """Return the layout of vectors of these sizes put one after another, which the same ranks share."""
+    starts = accumulate(sizes, initial=0)
+    cuts = [
+        replace(cut, offset=start + cut.offset)
+        for layout, start in zip(layouts, starts, strict=False)
+        for cut in layout.cuts
+    ]
+    return replace(layouts[0], cuts=tuple(cuts))
+
 
 def flat_partitions(engine: Any) -> dict[Tensor, Layout]:
     """Return the fp32 vectors that a DeepSpeed engine's optimizer works on, each with what lies in it.
 
     Without ZeRO (stage 0) these are the parameters themselves, whole on every data-parallel rank.
     """
+    place, group = engine.mpu.place, engine.mpu.tensor_group
+    return {
+        flat: replace(layout, tensor=place.tensor, tensor_rank=place.tensor_rank, tensor_group=group)
+        for flat, layout in _data_partitions(engine).items()
+    }
+
+
+def _data_partitions(engine: Any) -> dict[Tensor, Layout]:
     zero = engine.optimizer
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     if hasattr(zero, "fp32_partitioned_groups_flat"):
@@ -139,76 +170,3 @@ def _stage_3_layout(parameters: Sequence[Any], names: Mapping[Tensor, str]) -> L
         cuts.append(_cut(parameter, parameter.ds_shape, bounds, offset, names))
         offset += piece
     return Layout(tuple(cuts), rank, group)
-
-
-class Exchange:
-    """Brings the pieces of every matrix to one rank that owns it, and takes them back.
-
-    This is the one place where matrices come together. Each rank sends and receives about as much as its partition
-    holds, whatever the number of ranks; where no matrix is cut nothing is sent.
-    """
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.matrices = layout.matrices()
-        self.owners = owners(self.matrices)
-        ranks = range(layout.world)
-        self.mine = [matrix for matrix, owner in self._owned() if owner == layout.rank]
-        self.sent = [sum(m.share(layout.rank) for m, owner in self._owned() if owner == rank) for rank in ranks]
-        self.received = [sum(m.share(rank) for m in self.mine) for rank in ranks]
-        self.is_cut = any(m.share(owner) < math.prod(m.shape) for m, owner in self._owned())
-        self.travelling = [matrix for matrix, _ in sorted(self._owned(), key=lambda owned: owned[1])]  # by owner
-
-    def gather(self, flat: Tensor) -> list[Tensor]:
-        """Return the whole matrices that this rank owns, out of a vector laid out like the partition."""
-        if not self.is_cut:
-            return [self._piece(flat, matrix).view(matrix.shape) for matrix in self.mine]
-        received = flat.new_empty(sum(self.received))
-        outgoing = torch.cat([self._piece(flat, matrix) for matrix in self.travelling])
-        dist.all_to_all_single(received, outgoing, self.received, self.sent, group=self.layout.group)
-        pieces = [
-            torch.split(block, [matrix.share(rank) for matrix in self.mine])
-            for rank, block in enumerate(torch.split(received, self.received))
-        ]
-        return [torch.cat(parts).view(m.shape) for m, parts in zip(self.mine, zip(*pieces, strict=True), strict=True)]
-
-    def scatter(self, matrices: Sequence[Tensor], flat: Tensor) -> None:
-        """Write matrices, in the order of `gather`, back to where their pieces lie in the vector of each rank."""
-        if not self.is_cut:
-            for matrix, cut in zip(matrices, self.mine, strict=True):
-                self._piece(flat, cut).copy_(matrix.reshape(-1))
-            return
-        parts: list[list[Tensor]] = [[] for _ in range(self.layout.world)]
-        for matrix, cut in zip(matrices, self.mine, strict=True):
-            for rank, (start, stop) in enumerate(pairwise(cut.bounds)):
-                parts[rank].append(matrix.reshape(-1)[start:stop])
-        outgoing = torch.cat([part for rank in parts for part in rank]) if matrices else flat.new_empty(0)
-        incoming = flat.new_empty(sum(self.sent))
-        dist.all_to_all_single(incoming, outgoing, self.sent, self.received, group=self.layout.group)
-        shares = [matrix.share(self.layout.rank) for matrix in self.travelling]
-        for cut, piece in zip(self.travelling, torch.split(incoming, shares), strict=True):
-            self._piece(flat, cut).copy_(piece)
-
-    def _owned(self) -> Iterator[tuple[Cut, int]]:
-        return zip(self.matrices, self.owners, strict=True)
-
-    def _piece(self, flat: Tensor, matrix: Cut) -> Tensor:
-        return flat.narrow(0, matrix.offset, matrix.share(self.layout.rank))
-
-
-def owners(matrices: Sequence[Cut]) -> list[int]:
-    """Return the rank that owns each matrix: who holds all of it, else the one with the least work so far.
-
-    The work is that of a product of the matrix with itself. Every rank comes to the same answer.
-    """
-    work = [0] * (len(matrices[0].bounds) - 1)
-    found = [next((r for r in range(len(work)) if m.share(r) == math.prod(m.shape)), None) for m in matrices]
-    costs = [math.prod(matrix.shape) * min(matrix.shape) for matrix in matrices]
-    for owner, cost in zip(found, costs, strict=True):
-        if owner is not None:
-            work[owner] += cost
-    for index in sorted(range(len(matrices)), key=lambda index: -costs[index]):
-        if found[index] is None:
-            found[index] = work.index(min(work))
-            work[work.index(min(work))] += costs[index]
-    return [owner for owner in found if owner is not None]

@@ -141,7 +141,7 @@ def evaluation_weights(engine: Any, average: AnyAverage | None) -> Iterator[None
     from pipeline.parallel.engine import refresh_weights
     from pipeline.parallel.partitions import flat_partitions
 
-    optimizer = engine.optimizer.optimizer
+    optimizer = engine.basic_optimizer
     if average is None and not hasattr(optimizer, "evaluation_point"):
         yield
         return

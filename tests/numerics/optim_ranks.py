@@ -1,15 +1,17 @@
 """Trains a tiny model with every optimizer on some ranks: what it learns depends neither on their number nor on ZeRO.
 
-`python optim_ranks.py DIRECTORY ZERO WORLD PRECISION`: forks the ranks; for each optimizer and average rank 0 leaves
-DIRECTORY/NAME.pt with the losses, the weights and the weights to evaluate of a whole training, those of one that was
-stopped half-way and continued from its checkpoint, and the number of matrices that lie on more than one rank.
-ZERO 0 is no DeepSpeed at all: torch alone, in one process.
+`python optim_ranks.py DIRECTORY ZERO-RANKS-PRECISION…`: DIRECTORY/alone/NAME.pt is from plain torch in one process. For
+each layout it forks the ranks; for each optimizer and average rank 0 leaves DIRECTORY/LAYOUT/NAME.pt with the losses,
+the weights and the weights to evaluate of a whole training, those of one that was stopped half-way and continued from
+what it kept, and the number of matrices that lie on more than one rank.
 """
 
 import os
 import socket
 import sys
 import traceback
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import deepspeed  # noqa: F401 (here, so that no rank has to)
@@ -17,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.parallel.engine import EngineSettings, build_engine, full_weights, process_group
+from pipeline.parallel.engine import EngineSettings, build_engine, full_weights, process_group, refresh_weights
 from pipeline.parallel.mesh import shape_batch
 from pipeline.parallel.partitions import flat_partitions
 from pipeline.training.averaging import EMA, Last, evaluation_weights
-from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.optim import Adafactor, AdamW, Lion, Muon, ScheduleFreeAdamW
 
 STEPS, STOP, ROWS, CLIP = 8, 5, 4, 0.5
@@ -96,8 +97,8 @@ def train_alone(settings, average):
     return {"losses": losses, "first": first, "weights": weights, "evaluated": point}
 
 
-def train(mesh, directory, zero, precision, settings, average, stop=None):
-    """Train from the newest checkpoint until the end, or save one after step `stop`."""
+def train(mesh, zero, precision, settings, average, kept=None, stop=STEPS):
+    """Train from what an earlier training kept until the end, or until step `stop`."""
     model = Tiny()
     optimizer = settings.build(model, SCALES)
     if average:
@@ -107,9 +108,9 @@ def train(mesh, directory, zero, precision, settings, average, stop=None):
     if zero == 3:
         extra["zero_optimization"]["sub_group_size"] = 100
     engine = build_engine(model, optimizer, EngineSettings(shape, zero, precision, CLIP, extra), mesh)
-    start = load_checkpoint(engine, directory, zero, print)
+    start = 0 if kept is None else put_back(engine, kept)
     losses = []
-    for step in range(start + 1, (stop or STEPS) + 1):
+    for step in range(start + 1, stop + 1):
         set_rates(engine.optimizer, settings, step)
         ids, labels = rows(step)
         loss = torch.zeros(())
@@ -123,18 +124,36 @@ def train(mesh, directory, zero, precision, settings, average, stop=None):
         if step == 3:  # must change nothing
             with evaluation_weights(engine, average):
                 engine.module(ids, labels)
-    if stop:
-        save_checkpoint(engine, directory, stop, zero, keep=1)
-    weights = full_weights(engine)
+    found = {"losses": losses, "kept": keep(engine, stop), "cut": count_cut(engine)}
+    found["weights"] = full_weights(engine, mesh)
     with torch.no_grad(), evaluation_weights(engine, average):
-        evaluated = full_weights(engine)
-        ids, labels = rows(0)
-        loss = engine.module(ids, labels).item()
-    flats = flat_partitions(engine)
-    matrices = [matrix for flat in flats.values() for matrix in flat.matrices() if len(matrix.shape) == 2]
-    cut = sum(matrix.share(mesh.data_rank) not in (0, matrix.bounds[-1]) for matrix in matrices)
+        found["evaluated"] = full_weights(engine, mesh)
+        found["evaluated_loss"] = engine.module(*rows(0)).item()
     engine.destroy()
-    return {"losses": losses, "weights": weights, "evaluated": evaluated, "evaluated_loss": loss, "cut": cut}
+    return found
+
+
+def keep(engine, step):
+    """Return all that a training has to go on with, after a step."""
+    flats = flat_partitions(engine)
+    return step, [(flat.detach().clone(), deepcopy(engine.basic_optimizer.state[flat])) for flat in flats]
+
+
+def put_back(engine, kept):
+    """Set what was kept; return its step."""
+    step, vectors = kept
+    with torch.no_grad():
+        for flat, (weights, state) in zip(flat_partitions(engine), vectors, strict=True):
+            flat.copy_(weights)
+            engine.basic_optimizer.state[flat] = state
+        refresh_weights(engine)
+    return step
+
+
+def count_cut(engine):
+    """Return how many matrices lie on more than one rank."""
+    found = [(layout, m) for layout in flat_partitions(engine).values() for m in layout.matrices() if len(m.shape) == 2]
+    return sum(matrix.share(layout.rank) not in (0, matrix.bounds[-1]) for layout, matrix in found)
 
 
 def run_rank(directory, zero, precision):
@@ -142,14 +161,25 @@ def run_rank(directory, zero, precision):
         for name, (settings, average) in CASES.items():
             if precision == "bf16" and name not in ("muon", "adafactor", "ema"):
                 continue
-            found = train(mesh, directory / "none", zero, precision, settings, average)
-            train(mesh, directory / name, zero, precision, settings, average, stop=STOP)
-            continued = train(mesh, directory / name, zero, precision, settings, average)
-            if mesh.data_rank == 0:
-                torch.save({**found, "continued": continued}, directory / f"{name}.pt")
+            found = train(mesh, zero, precision, settings, average)
+            stopped = train(mesh, zero, precision, settings, average, stop=STOP)
+            found["continued"] = train(mesh, zero, precision, settings, average, stopped["kept"])
+            if mesh.rank == 0:
+                torch.save(found, directory / f"{name}.pt")
 
 
-def start(rank, world, port, directory, zero, precision):
+def fork_ranks(world, run):
+    """Fork ranks that call `run`, and end with an error if one of them does."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [_fork_rank(rank, world, port, run) for rank in range(world)]
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+    if any(statuses):
+        sys.exit(1)
+
+
+def _fork_rank(rank, world, port, run):
     child = os.fork()
     if child:
         return child
@@ -158,7 +188,7 @@ def start(rank, world, port, directory, zero, precision):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         torch.set_num_threads(1)
-        run_rank(directory, zero, precision)
+        run()
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -167,19 +197,15 @@ def start(rank, world, port, directory, zero, precision):
 
 
 def main():
-    directory, zero, world, precision = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    directory.mkdir(parents=True)
-    if zero == 0:
-        torch.set_num_threads(1)
-        for name, (settings, average) in CASES.items():
-            torch.save(train_alone(settings, average), directory / f"{name}.pt")
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [start(rank, world, port, directory, zero, precision) for rank in range(world)]
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
-    sys.exit(any(statuses))
+    root = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    (root / "alone").mkdir(parents=True)
+    for name, (settings, average) in CASES.items():
+        torch.save(train_alone(settings, average), root / "alone" / f"{name}.pt")
+    for layout in sys.argv[2:]:
+        (root / layout).mkdir()
+        zero, world, precision = layout.split("-")
+        fork_ranks(int(world), partial(run_rank, root / layout, int(zero), precision))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""What lies where in flat vectors, by arithmetic; that matrices come together on real ranks is in tests/numerics."""
+"""What lies where in flat vectors, by arithmetic; that it is so under DeepSpeed is in tests/numerics."""
 
-import torch
-
-from pipeline.parallel.partitions import Cut, Exchange, Layout, owners
+from pipeline.parallel.partitions import Cut, Layout, join
 
 
 def test_a_stack_is_taken_apart_into_matrices():
@@ -19,19 +17,21 @@ def test_a_matrix_is_itself():
     assert list(cut.matrices(rank=0)) == [cut]
 
 
-def test_whole_matrices_stay_and_cut_ones_go_where_there_is_least_to_do():
-    whole, empty = Cut((4, 4), (0, 16, 16), 0), Cut((2, 2), (0, 0, 4), 0)
-    cut, small = Cut((3, 3), (0, 4, 9), 0), Cut((1, 2), (0, 1, 2), 0)
-    assert owners([whole, empty, cut, small]) == [0, 1, 1, 1]
-    even = [Cut((4, 4), (0, 8, 16), 16 * i) for i in range(4)]
-    assert sorted(owners(even)) == [0, 0, 1, 1]
+def test_a_shared_stack_is_taken_apart_into_shared_matrices():
+    for dim in (1, 2):
+        cuts = list(Cut((2, 2, 3), (0, 12), offset=0, name="experts.up", sliced=dim).matrices(rank=0))
+        assert [(cut.shape, cut.name, cut.sliced) for cut in cuts] == [((2, 3), "experts.up", dim - 1)] * 2
 
 
-def test_one_process_gathers_views_and_scatters_into_them():
-    layout = Layout((Cut((2, 2), (0, 4), 0), Cut((2, 1, 3), (0, 6), 4)))
-    flat = torch.arange(12.0)
-    exchange = Exchange(layout)
-    matrices = exchange.gather(flat)
-    assert [matrix.tolist() for matrix in matrices] == [[[0, 1], [2, 3]], [[4, 5, 6]], [[7, 8, 9]]]
-    exchange.scatter([matrix * 2 for matrix in matrices], flat)
-    assert flat.tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 10, 11]  # the padding stays
+def test_the_shape_of_a_whole():
+    rows, columns, alone = (Cut((2, 3), (0, 6), 0, sliced=dim) for dim in (0, 1, None))
+    layout = Layout((rows, columns, alone), tensor=4, tensor_rank=1)
+    assert [layout.whole_shape(cut) for cut in layout.cuts] == [(8, 3), (2, 12), (2, 3)]
+
+
+def test_vectors_one_after_another():
+    first = Layout((Cut((2, 2), (0, 1, 4), 0), Cut((3,), (0, 0, 3), 3)), rank=1)
+    second = Layout((Cut((5,), (0, 2, 5), 1),), rank=1)
+    joined = join([first, second], [8, 4])
+    assert [cut.offset for cut in joined.cuts] == [0, 3, 9]
+    assert [cut.share(joined.rank) for cut in joined.cuts] == [3, 3, 3]

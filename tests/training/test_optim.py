@@ -10,6 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.settings import Settings, decode
 from pipeline.stage import Parallel, Run
 from pipeline.training.optim import Adafactor, AdamW, AnyOptimizer, Lion, Muon, ScheduleFreeAdamW
+from pipeline.training.optim.flat import whole_parameter
 from pipeline.training.optim.muon import orthogonalize
 
 STEPS = 5
@@ -194,7 +195,7 @@ def test_adafactor(name, decay, relative):
     before, after, optimizer, parameter = learn(Adafactor(weight_decay=0.1, relative_step=relative), name)
     torch.testing.assert_close(after, adafactor(before, gradients(name), decay, relative), rtol=1e-5, atol=1e-6)
     if before.ndim == 2:
-        assert optimizer.state[parameter]["squares"].numel() == sum(before.shape)  # sublinear memory
+        assert optimizer.state[parameter]["squares/"].numel() == sum(before.shape)  # sublinear memory
 
 
 def test_adafactor_takes_experts_one_by_one():
@@ -255,17 +256,35 @@ def test_as_many_numbers_as_said_are_kept(settings):
 
 
 @pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings.kind)
-def test_whole_matrices_and_offload_do_not_go_together(settings):
-    run = Run(
-        kind="local", parallel=Parallel(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
-    )
-    problems = list(settings.check(run))
+@pytest.mark.parametrize("name", ["block.weight", "block.bias", "experts", "embedding.weight"])
+def test_a_state_is_laid_out_like_the_parameter_or_a_number_or_of_the_whole(settings, name):
+    _, _, optimizer, parameter = learn(settings, name)
+    assert optimizer.state[parameter]
+    for key, value in optimizer.state[parameter].items():
+        if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
+            assert whole_parameter(key) is not None
+        else:
+            assert whole_parameter(key) is None
+
+
+OFFLOADED = {
+    "offload": Parallel(offload="cpu"),
+    "deepspeed.zero_optimization.offload_optimizer": Parallel(
+        deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    ),
+}
+
+
+@pytest.mark.parametrize("key", OFFLOADED)
+@pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings.kind)
+def test_whole_matrices_and_offload_do_not_go_together(settings, key):
+    problems = list(settings.check(Run(kind="local", parallel=OFFLOADED[key])))
     if settings.needs_matrices:
         assert problems == [
             (
                 "optimizer.kind",
-                f"'{settings.kind}' works on whole matrices and cannot put them together under run.parallel.deepspeed."
-                "zero_optimization.offload_optimizer; leave that out, or take adamw",
+                f"'{settings.kind}' works on whole matrices and cannot put them together under run.parallel.{key}; "
+                "leave that out, or take adamw",
             )
         ]
     else:

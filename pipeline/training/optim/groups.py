@@ -29,12 +29,17 @@ def make_groups(
     if unknown := lr_scales.keys() - {name for name, _ in model.named_parameters()}:
         raise KeyError(f"lr_scales: the model has no parameter '{min(unknown)}'")
     groups: dict[tuple[bool, str, float], Group] = {}
-    for name, parameter in sorted(learning, key=lambda found: found[1].ndim < 2):  # stable: else in the model's order
-        decays, scale, what = parameter.ndim >= 2, lr_scales.get(name, 1.0), rule(name, parameter)
+    for name, parameter in sorted(learning, key=lambda found: dimensions(found[1]) < 2):  # else in the model's order
+        decays, scale, what = dimensions(parameter) >= 2, lr_scales.get(name, 1.0), rule(name, parameter)
         group = groups.setdefault((decays, what, scale), {"params": [], "rule": what, "lr_scale": scale})
         group["weight_decay"] = weight_decay if decays else 0.0
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def dimensions(parameter: Tensor) -> int:
+    """Return how many dimensions a parameter has, also where ZeRO stage 3 has left only a piece of it here."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def is_table(name: str) -> bool:

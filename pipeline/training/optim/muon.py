@@ -1,12 +1,12 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), with AdamW for what is no hidden matrix."""
 
 from collections import defaultdict
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.parallel.partitions import Exchange
+from pipeline.parallel.exchange import WholeMatrices
+from pipeline.parallel.partitions import join
 from pipeline.training.optim.flat import MatrixOptimizer
 from pipeline.training.optim.groups import Group, have_fused
 
@@ -19,9 +19,11 @@ STACKED_ELEMENTS = 2**26  # of matrices of one shape that are made orthogonal at
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     """Return U V^T nearly, for each matrix U S V^T of a stack (..., rows, columns).
 
-    Singular values end between about 0.7 and 1.2. In bf16 on an accelerator, as the authors do; in fp32 elsewhere.
+    Singular values end between about 0.7 and 1.2. In bf16 on an accelerator, as the authors do; elsewhere in fp32, or
+    fp64 where the matrices are.
     """
-    x = matrices.to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
+    is_fast = matrices.device.type != "cpu"
+    x = matrices.to(torch.bfloat16 if is_fast else torch.promote_types(matrices.dtype, torch.float32))
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
@@ -43,24 +45,42 @@ class MuonWithAdamW(MatrixOptimizer):
         settings = {name: value for name, value in self._adamw.defaults.items() if name != "weight_decay"}
         super().__init__([settings | group for group in groups], lr)
         self.momentum, self.steps = momentum, steps
-        self._exchanges: dict[Tensor, Exchange] = {}
+        self._exchanges: dict[tuple[Tensor, ...], WholeMatrices] = {}
 
-    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> None:
-        """Update one parameter, or one vector of them."""
+    def update_group(self, parameters: list[Tensor], group: Group) -> None:
+        """Update parameters of one group that have a gradient."""
+        if not parameters:
+            return
         if group["rule"] == "adamw":
-            self._adamw.state, self._adamw.param_groups = self.state, [{**group, "params": [parameter]}]
+            self._adamw.state, self._adamw.param_groups = self.state, [{**group, "params": parameters}]
             self._adamw.step()
             return
+        pushes = [self._push(parameter).reshape(-1) for parameter in parameters]
+        direction = torch.cat(pushes) if len(pushes) > 1 else pushes[0]
+        del pushes  # each as long as the weights
+        exchange = self._exchange(parameters)
+        alone, alike = exchange.gather(direction)
+        exchange.scatter(self._directions(alone), self._directions(alike), direction)
+        parts = torch.split(direction, [parameter.numel() for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(part.view(parameter.shape), alpha=-group["lr"])
+
+    def _push(self, parameter: Tensor) -> Tensor:
+        """Take the gradient into the momentum; return a new tensor: the gradient and the momentum, mixed."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(gradient, 1 - self.momentum)
-        direction = torch.lerp(gradient, state["momentum"], self.momentum).reshape(-1)
-        if parameter not in self._exchanges:
-            self._exchanges[parameter] = Exchange(self.layout(parameter))
-        exchange = self._exchanges[parameter]
-        exchange.scatter(self._directions(exchange.gather(direction)), direction)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(direction.view(parameter.shape), alpha=-group["lr"])
+        momentum: Tensor = state["momentum"].lerp_(gradient, 1 - self.momentum)
+        return torch.lerp(gradient, momentum, self.momentum)
+
+    def _exchange(self, parameters: list[Tensor]) -> WholeMatrices:
+        """Return what brings the matrices of parameters together: of all at once, so that ranks share the work."""
+        if (key := tuple(parameters)) not in self._exchanges:
+            layouts = [self.layout(parameter) for parameter in parameters]
+            self._exchanges[key] = WholeMatrices(join(layouts, [p.numel() for p in parameters]))
+        return self._exchanges[key]
 
     def _directions(self, matrices: list[Tensor]) -> list[Tensor]:
         """Return what each matrix moves along, those of one shape made orthogonal together."""

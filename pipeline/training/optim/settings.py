@@ -51,13 +51,15 @@ class Optimizer(Choice):
         if not self.needs_matrices:
             return
         zero = run.parallel.deepspeed.get("zero_optimization", {})
-        for key in ("offload_optimizer", "mics_shard_size", "zenflow", "cpu_offload"):
-            if isinstance(zero, Mapping) and zero.get(key):
-                yield (
-                    "optimizer.kind",
-                    f"'{self.kind}' works on whole matrices and cannot put them together under "
-                    f"run.parallel.deepspeed.zero_optimization.{key}; leave that out, or take adamw",
-                )
+        extra = zero if isinstance(zero, Mapping) else {}
+        unfit = ("offload_optimizer", "mics_shard_size", "zenflow", "cpu_offload")
+        found = [f"deepspeed.zero_optimization.{key}" for key in unfit if extra.get(key)]
+        for key in [*(["offload"] if run.parallel.offload else []), *found]:
+            yield (
+                "optimizer.kind",
+                f"'{self.kind}' works on whole matrices and cannot put them together under run.parallel.{key}; leave "
+                "that out, or take adamw",
+            )
 
     @abstractmethod
     def _over(self, groups: "list[Group]") -> "torch.optim.Optimizer":
@@ -128,9 +130,9 @@ class Muon(Optimizer):
         return MuonWithAdamW(groups, self.lr, self.momentum, self.newton_schulz_steps, betas, self.eps)
 
     def _rule(self, name: str, parameter: "torch.Tensor") -> str:
-        from pipeline.training.optim.groups import is_table
+        from pipeline.training.optim.groups import dimensions, is_table
 
-        return "adamw" if parameter.ndim < 2 or is_table(name) else "muon"
+        return "adamw" if dimensions(parameter) < 2 or is_table(name) else "muon"
 
 
 class Lion(Optimizer):
@@ -185,7 +187,9 @@ class Adafactor(Optimizer):
         return AdafactorOptimizer(groups, self.lr, self.decay_power, self.clip_threshold, self.eps, smallest)
 
     def _rule(self, name: str, parameter: "torch.Tensor") -> str:
-        return "factored" if parameter.ndim >= 2 else "whole"
+        from pipeline.training.optim.groups import dimensions
+
+        return "factored" if dimensions(parameter) >= 2 else "whole"
 
 
 class ScheduleFreeAdamW(Optimizer):
