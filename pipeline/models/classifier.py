@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.models.loss import IGNORED_LABEL
+from pipeline.models.loss import summed_loss
 from pipeline.models.transformer import Transformer
 
 
@@ -33,6 +33,8 @@ class Classifier(nn.Module):
             ids: (B, T).
             mask: (B, T); true at real positions. Padding must come after them.
         """
+        if missing := -ids.shape[1] % self.trunk.length_multiple:
+            ids, mask = F.pad(ids, (0, missing)), F.pad(mask, (0, missing))
         documents_BT = torch.where(mask, 0, -1)
         if self.trunk.config.kind == "encoder_decoder":
             x_BTD, _ = self.trunk.encode(ids, documents_BT)
@@ -44,4 +46,4 @@ class Classifier(nn.Module):
         logits_BC: Tensor = self.head(mean_BD)
         if labels is None:
             return logits_BC
-        return {"tokens": F.cross_entropy(logits_BC.float(), labels, reduction="sum", ignore_index=IGNORED_LABEL)}
+        return {"tokens": summed_loss(logits_BC, labels)}

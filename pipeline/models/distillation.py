@@ -49,7 +49,7 @@ class Student(Transformer):
             kept_N = labels_N != IGNORED_LABEL
             hidden_ND = self._transformed(self._finish(x_BTD).flatten(0, 1)[kept_N])
             losses["distill"] = summed_divergence(
-                hidden_ND,
+                self.enter_output(hidden_ND),
                 self.output(),
                 self._taught_BTD.flatten(0, 1)[kept_N],
                 self._teacher[0].output(),

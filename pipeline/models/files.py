@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.models.config import AnyModel
-from pipeline.settings import Settings, decode
+from pipeline.settings import Settings, decode, encode
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -38,6 +38,11 @@ def read_config(directory: Path) -> ModelFile:
         return decode(ModelFile, data)
     except ConfigError as error:
         raise ArtifactError("\n".join(f"{path}: {problem}" for problem in error.problems)) from None
+
+
+def describe_model(model: AnyModel, labels: list[str] | None = None) -> bytes:
+    """Return the content of the `config.json` of a model; `labels` names a classifier's classes."""
+    return (json.dumps(encode(ModelFile(model=model, labels=labels)), indent=2) + "\n").encode()
 
 
 def read_object(path: Path, wanted: str, way_out: str) -> dict[str, Any]:

@@ -5,6 +5,9 @@ what the encoder made), D d_model, H query heads, G key and value heads, K size 
 layer.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from pipeline.models.cache import Cache, LayerCache
 from pipeline.models.config import Shape
 from pipeline.models.moe import MixtureOfExperts
 from pipeline.models.positions import RelativeBias, rotate
+from pipeline.models.seams import Seam, nothing
 from pipeline.models.sight import Sight, View
 
 
@@ -33,26 +37,53 @@ def activate(x: Tensor, config: Shape) -> Tensor:
     return F.gelu(x, approximate="none" if config.mlp.endswith("exact") else "tanh")
 
 
+class RowLinear(nn.Linear):
+    """A linear layer of which tensor-parallel ranks may each have some input features.
+
+    Attributes:
+        leave: Sums what the ranks made of theirs, before the bias is added; null where this rank has all features.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.leave: Seam | None = None
+
+    def forward(self, x_X: Tensor) -> Tensor:
+        """Return (..., out_features) for (..., in_features)."""
+        if self.leave is None:
+            return super().forward(x_X)
+        out_X = self.leave(F.linear(x_X, self.weight))
+        return out_X if self.bias is None else out_X + self.bias
+
+
 class Attention(nn.Module):
     """Attention in which several query heads may share one key and value head.
 
     Note: query, key and value are three products on purpose. One fused product was no faster where we measured it, and
     so every weight is a plain matrix that tensor parallelism can split by rows and an export can copy.
+
+    Attributes:
+        enter: What the normed residual stream passes before queries, keys and values; see `models.seams`.
+        branch: The random numbers that dropout draws in here, where each rank has other heads than its neighbours.
     """
+
+    branch: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(self, config: Shape) -> None:
         super().__init__()
+        self.enter: Seam = nothing
         width, kv_width = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
         self.head_dim, self.scale, self.dropout = config.head_dim, config.attention_scale, config.dropout
         self.query = nn.Linear(config.d_model, width, bias=config.bias)
         self.key = nn.Linear(config.d_model, kv_width, bias=config.bias)
         self.value = nn.Linear(config.d_model, kv_width, bias=config.bias)
-        self.out = nn.Linear(width, config.d_model, bias=config.bias)
+        self.out = RowLinear(width, config.d_model, bias=config.bias)
         self.query_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.key_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_BTD: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
         """Return (B, T, D): each position mixes those of its own row that `sight` shows."""
+        x_BTD = self.enter(x_BTD)
         q_BTHK, (k_BTGK, v_BTGK) = self._queries(x_BTD), self._keys_values(x_BTD)
         if sight.rotary is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, sight.rotary), rotate(k_BTGK, sight.rotary)
@@ -69,7 +100,7 @@ class Attention(nn.Module):
             known = k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2)
         if cache is not None:
             cache.memory = known
-        return self._mix(self._queries(x_BTD), *known, mask, causal=False)
+        return self._mix(self._queries(self.enter(x_BTD)), *known, mask, causal=False)
 
     def _queries(self, x_BTD: Tensor) -> Tensor:
         q_BTHK: Tensor = self.query(x_BTD).unflatten(-1, (-1, self.head_dim))  # a rank may hold only some of the heads
@@ -82,17 +113,18 @@ class Attention(nn.Module):
         return k_BSGK if self.key_norm is None else self.key_norm(k_BSGK), v_BSGK
 
     def _mix(self, q_BTHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        q_BHTK = q_BTHK.transpose(1, 2)
-        mixed_BHTK = F.scaled_dot_product_attention(
-            q_BHTK,
-            k_BGSK,
-            v_BGSK,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal and mask is None,
-            scale=self.scale,
-            enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1],
-        )
+        q_BHTK, dropout = q_BTHK.transpose(1, 2), self.dropout if self.training else 0.0
+        with self.branch() if dropout else nullcontext():
+            mixed_BHTK = F.scaled_dot_product_attention(
+                q_BHTK,
+                k_BGSK,
+                v_BGSK,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=causal and mask is None,
+                scale=self.scale,
+                enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1],
+            )
         out_BTD: Tensor = self.out(mixed_BHTK.transpose(1, 2).flatten(-2))
         return out_BTD
 
@@ -103,12 +135,14 @@ class FeedForward(nn.Module):
     def __init__(self, config: Shape, width: int) -> None:
         super().__init__()
         self.config = config
+        self.enter: Seam = nothing
         self.gate = nn.Linear(config.d_model, width, bias=config.bias) if config.gated else None
         self.up = nn.Linear(config.d_model, width, bias=config.bias)
-        self.down = nn.Linear(width, config.d_model, bias=config.bias)
+        self.down = RowLinear(width, config.d_model, bias=config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return (B, T, D)."""
+        x_BTD = self.enter(x_BTD)
         if self.gate is None:
             inner_BTF = activate(self.up(x_BTD), self.config)
         else:
@@ -160,10 +194,19 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """The layers of an encoder or a decoder, one on another."""
+    """The layers of an encoder or a decoder, one on another.
+
+    Attributes:
+        scatter: What the residual stream passes before the first layer, and `gather` after the last; between them a
+            rank may have only some of the positions; see `models.seams`.
+        enter_memory: What the encoder made passes before all layers that read it.
+    """
 
     def __init__(self, config: Shape, num_layers: int, bidirectional: bool, cross: bool = False) -> None:
         super().__init__()
+        self.scatter: Seam = nothing
+        self.gather: Seam = nothing
+        self.enter_memory: Seam = nothing
         self.blocks = nn.ModuleList(Block(config, layer, cross) for layer in range(num_layers))
         self.relative = RelativeBias(config, bidirectional) if config.positions == "relative" else None
         self.norm = None if config.norm_placement == "post" else make_norm(config)
@@ -171,10 +214,11 @@ class Stack(nn.Module):
     def forward(self, x_BTD: Tensor, view: View, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         """Return the residual stream, (B, T, D), without the last norm, and the losses of all experts, (2)."""
         total = x_BTD.new_zeros(2, dtype=torch.float32)
+        x_BTD = self.scatter(x_BTD)
         for number, block in enumerate(self.blocks):
             x_BTD, losses = block(x_BTD, view, None if cache is None else cache.layers[number])
             total = total if losses is None else total + losses
-        return x_BTD, total
+        return self.gather(x_BTD), total
 
     def finish(self, x_BTD: Tensor) -> Tensor:
         """Apply the last norm, if there is one."""

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.models.config import Shape
 from pipeline.models.routers import NUM_TOTALS, Routing, TokenChoiceRouter, count_groups, make_router
+from pipeline.models.seams import Seam, nothing
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -27,7 +28,13 @@ ALIGNMENT_BYTES = 16  # of the rows that a grouped product reads
 
 
 class MixtureOfExperts(nn.Module):
-    """Feed-forward layer of experts (Shazeer et al. 2017, arXiv:1701.06538)."""
+    """Feed-forward layer of experts (Shazeer et al. 2017, arXiv:1701.06538).
+
+    Attributes:
+        look: What the tokens pass before the router, which must see all positions; see `models.seams`.
+        enter: What passes on from there to the experts, and the weights of what they make.
+        leave: What the experts made passes last.
+    """
 
     def __init__(self, config: Shape) -> None:
         """Make a layer by `config.experts`, which must not be null."""
@@ -37,6 +44,9 @@ class MixtureOfExperts(nn.Module):
         experts = config.experts
         assert experts is not None
         width = experts.d_ff or config.ff
+        self.look: Seam = nothing
+        self.enter: Seam = nothing
+        self.leave: Seam = nothing
         self.balance_bias_rate = experts.balance_bias_rate
         self.router = make_router(config, experts)
         self.experts = ExpertWeights(config, experts.count, width)
@@ -49,17 +59,19 @@ class MixtureOfExperts(nn.Module):
             ids_BT: The ids of the tokens.
             real_BT: False at padding, which has no experts and is not counted; null where there is none.
         """
+        x_BTD = self.look(x_BTD)
         routing = self.router(x_BTD, ids_BT, real_BT)
+        x_BTD = self.enter(x_BTD)
         order = _sort(routing, self.router.num_experts)
         x_AD: Tensor = _Spread.apply(x_BTD.flatten(0, 1), order)  # type: ignore[no-untyped-call]
         y_AD = self.experts(x_AD, order.counts_E)
-        weights_A = routing.weights_NK.flatten().index_select(0, order.assignments_A)
+        weights_A = self.enter(routing.weights_NK).flatten().index_select(0, order.assignments_A)
         y_AD = y_AD * weights_A.to(y_AD.dtype).unsqueeze(-1)
         y_ND: Tensor = _Collect.apply(y_AD, order)  # type: ignore[no-untyped-call]
         out_BTD = y_ND.view_as(x_BTD)
         if self.shared is not None:
             out_BTD = out_BTD + self.shared(x_BTD)
-        return out_BTD, routing.losses
+        return self.leave(out_BTD), routing.losses
 
 
 class ExpertWeights(nn.Module):
@@ -92,6 +104,13 @@ class ExpertWeights(nn.Module):
                 for x, (gate, up, down) in zip(slices, weights, strict=True)
             ]
         )
+
+
+def forget_step(model: nn.Module) -> None:
+    """Forget how the routers of a model have worked since the last `after_step`, as if there had been no tokens."""
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.router.counts = module.router.entropy = None
 
 
 def after_step(model: nn.Module, group: "dist.ProcessGroup | None" = None) -> dict[str, float]:

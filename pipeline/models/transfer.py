@@ -1,4 +1,4 @@
-"""Weights taken over from another model, to go on training with them. Imports torch only when they are."""
+"""Weights taken over from another model, to go on training with them. Imports no torch."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -8,6 +8,8 @@ from pipeline.models.config import AnyModel
 from pipeline.models.weights import weights
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.models.transformer import Transformer
 
 # What may be there on one side only: heads, which are made for one objective, and segments.
@@ -27,30 +29,33 @@ def misfits(config: AnyModel, source: AnyModel) -> Iterator[str]:
     yield from _differences(wanted, found)
 
 
-def take_weights(model: "Transformer", source: "Transformer") -> tuple[list[str], list[str]]:
-    """Copy the weights of `source` into `model`, of what has a row for each id the rows that both have.
+def compare(model: "Transformer", source: "Transformer") -> tuple[list[str], list[str]]:
+    """Return the names of what a model has and a source has not, and of what only the source has.
 
-    Returns:
-        The names of the weights of `model` that stay as they are, and of those of `source` that are left out.
+    Both may be on the device "meta".
 
     Raises:
         ConfigError: If the two differ in more than heads and padding.
     """
-    import torch
-
-    wanted, found = model.state_dict(), source.state_dict()
-    ids = min(model.config.real_vocab_size, source.config.real_vocab_size)
-    shapes = [
-        {name: tuple(w.shape[1:] if name in VOCABULARY else w.shape) for name, w in state.items()}
-        for state in (wanted, found)
-    ]
-    if problems := list(_differences(*shapes)):
+    wanted, found = (
+        {name: tuple(w.shape[1:] if name in VOCABULARY else w.shape) for name, w in one.state_dict().items()}
+        for one in (model, source)
+    )
+    if problems := list(_differences(wanted, found)):
         raise ConfigError(f"model: {describe_misfits(problems)}")
-    with torch.no_grad():
-        for name in wanted.keys() & found.keys():
-            rows = slice(ids) if name in VOCABULARY else slice(None)
-            wanted[name][rows] = found[name][rows]
     return sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+
+
+def take_over(name: str, first: "Tensor", found: "Tensor", num_ids: int) -> "Tensor":
+    """Return a weight with the values of a source's.
+
+    Args:
+        first: The whole weight with its first values, which is changed.
+        num_ids: Of what has a row for each id, so many rows are taken.
+    """
+    rows = slice(num_ids) if name in VOCABULARY else slice(None)
+    first[rows] = found[rows]
+    return first
 
 
 def describe_misfits(problems: list[str]) -> str:

@@ -4,18 +4,23 @@ Letters of the shape suffixes: B rows, T positions fed now, S positions seen, U 
 encoder, D d_model, V ids of the vocabulary, C classes of pairs of texts, N labels.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.models.cache import Cache
 from pipeline.models.config import AnyModel, Decoder, Encoder, EncoderDecoder
 from pipeline.models.layers import Block, Stack, activate, make_norm
-from pipeline.models.loss import IGNORED_LABEL, Output, TokenLoss, labels_ahead, summed_cross_entropy
+from pipeline.models.loss import IGNORED_LABEL, Output, TokenLoss, labels_ahead, summed_cross_entropy, summed_loss
 from pipeline.models.positions import sinusoids
+from pipeline.models.seams import Seam, nothing
 from pipeline.models.sight import View, look, memory_mask, place
 from pipeline.models.weights import SENTENCE_CLASSES
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 UNITS = {"sentence": "sentences", "balance": "rows", "router_z": "rows"}
 
@@ -30,11 +35,22 @@ class Transformer(nn.Module):
 
     Attributes:
         token_loss: What is added to the cross entropy while it trains.
+        enter_output: What hidden states pass before the output layer, and `leave_output` the logits; see
+            `models.seams`.
+        first_id: The id of the first row of the embedding and of the output layer; 0 but where ranks share the rows.
+        vocabulary_group: Those ranks.
+        length_multiple: What the numbers of positions must be multiples of, where ranks share them.
     """
+
+    length_multiple: int = 1
+    first_id: int = 0
+    vocabulary_group: "dist.ProcessGroup | None" = None
 
     def __init__(self, config: AnyModel) -> None:
         super().__init__()
         self.config, self.token_loss = config, TokenLoss()
+        self.enter_output: Seam = nothing
+        self.leave_output: Seam = nothing
         encoder, both = isinstance(config, Encoder), isinstance(config, EncoderDecoder)
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         learned = config.positions == "learned"
@@ -156,14 +172,23 @@ class Transformer(nn.Module):
 
         The rows that pad the embedding are cut off, so nobody can ever sample them.
         """
-        return self.output().logits(self._transformed(x_BTD))[..., : self.config.real_vocab_size]
+        logits_BTV = self.output().logits(self.enter_output(self._transformed(x_BTD)))
+        return self.leave_output(logits_BTV)[..., : self.config.real_vocab_size]
 
     def output(self) -> Output:
         """Return the output layer."""
         config = self.config
         weight_VD = self.embedding.weight if self.head is None else self.head.weight
         scale = (config.logit_scale or 1.0) / config.width_ratio
-        return Output(weight_VD, self.head_bias, config.real_vocab_size, scale, config.logit_softcap)
+        return Output(
+            weight_VD,
+            self.head_bias,
+            config.real_vocab_size,
+            scale,
+            config.logit_softcap,
+            self.first_id,
+            self.vocabulary_group,
+        )
 
     def encode(
         self, ids_BT: Tensor, documents_BT: Tensor | None = None, token_types_BT: Tensor | None = None
@@ -194,6 +219,8 @@ class Transformer(nn.Module):
             documents_BS: Numbers the encoder's documents, -1 is padding.
             documents_BU: Numbers the decoder's; null with `documents_BS` reads all that is not padding.
         """
+        assert self.decoder is not None, "this model has no decoder"
+        memory_BSD = self.decoder.enter_memory(memory_BSD)
         mask = memory_mask(documents_BS, documents_BU)
         x_BUD, losses, _ = self._read(ids_BU, documents_BU, None, cache, memory_BSD, mask)
         return x_BUD, losses
@@ -263,9 +290,7 @@ class Transformer(nn.Module):
         losses = {"tokens": self._token_loss(self._transformed(hidden_ND), labels_N)}
         if sentence_B is not None and self.pooler is not None and self.sentence_head is not None:
             logits_BC = self.sentence_logits(normed_BTD)
-            losses["sentence"] = F.cross_entropy(
-                logits_BC.float(), sentence_B, reduction="sum", ignore_index=IGNORED_LABEL
-            )
+            losses["sentence"] = summed_loss(logits_BC, sentence_B)
         return losses
 
     def sentence_logits(self, x_BTD: Tensor) -> Tensor:
@@ -276,4 +301,5 @@ class Transformer(nn.Module):
         return logits_BC
 
     def _token_loss(self, x_ND: Tensor, labels_N: Tensor) -> Tensor:
-        return summed_cross_entropy(x_ND, self.output(), labels_N, self.token_loss if self.training else None)
+        extra = self.token_loss if self.training else None
+        return summed_cross_entropy(self.enter_output(x_ND), self.output(), labels_N, extra)

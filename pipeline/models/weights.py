@@ -2,9 +2,10 @@
 with it. Parameters and operations are counted from this list; a test compares it with the torch module.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Literal
 
 from pipeline.models.config import AnyModel, Decoder, Encoder, EncoderDecoder
 from pipeline.models.parts import ExpertChoice, Experts, TokenChoice
@@ -23,6 +24,8 @@ class Weight:
         uses: Matrix products with it for each token of its side, on average; 0 for what is looked up or multiplied
             element by element.
         side: Whose tokens: "input" or "target" (the decoder's, of an encoder-decoder).
+        summed: When the gradient of a weight that every rank holds whole is only a part on each: "heads" where a rank
+            has only its heads, "sequence" where with sequence parallelism it has only its positions; null is never.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Weight:
     cut: int | None = None
     uses: float = 0.0
     side: str = "input"
+    summed: Literal["heads", "sequence"] | None = None
 
 
 def weights(config: AnyModel) -> Iterator[Weight]:
@@ -48,8 +52,7 @@ def weights(config: AnyModel) -> Iterator[Weight]:
         yield from _stack(config, "encoder", config.num_layers, "input")
     if isinstance(config, Decoder):
         yield from _stack(config, "decoder", config.num_layers, "input")
-        for number in range(config.predict_ahead):
-            yield from _block(config, f"ahead.{number}", config.num_layers, "input")
+        yield from _ahead(config)
     if isinstance(config, EncoderDecoder):
         yield from _stack(config, "decoder", config.decoder_layers, "target")
     if isinstance(config, Encoder):
@@ -95,8 +98,12 @@ def flops_per_token(config: AnyModel, seq_len: int, target_len: int | None = Non
     return round((products + heads * pairs) / seq_len)
 
 
-def tensor_problems(config: AnyModel, degree: int) -> Iterator[str]:
-    """Yield why a model cannot be cut among `degree` tensor-parallel ranks."""
+def tensor_problems(config: AnyModel, degree: int, lengths: Sequence[int] = ()) -> Iterator[str]:
+    """Yield why a model cannot be cut among `degree` tensor-parallel ranks.
+
+    Args:
+        lengths: Of the sequences that these ranks share, with sequence parallelism.
+    """
     if config.num_heads % degree or config.kv_heads % degree:
         yield f"num_heads ({config.num_heads}) and num_kv_heads ({config.kv_heads}) must be multiples of {degree}"
     if config.padded_vocab_size % degree:
@@ -105,6 +112,8 @@ def tensor_problems(config: AnyModel, degree: int) -> Iterator[str]:
     if config.experts is not None:
         widths |= {"experts.d_ff": config.experts.d_ff or config.ff}
     yield from (f"{name} ({width}) must be a multiple of {degree}" for name, width in widths.items() if width % degree)
+    if odd := [length for length in lengths if length % degree]:
+        yield f"sequences of {odd[0]} positions cannot be shared by {degree} ranks; take lengths that divide"
 
 
 def _stack(config: AnyModel, name: str, num_layers: int, side: str) -> Iterator[Weight]:
@@ -119,16 +128,23 @@ def _stack(config: AnyModel, name: str, num_layers: int, side: str) -> Iterator[
 def _block(config: AnyModel, name: str, layer: int, side: str) -> Iterator[Weight]:
     first_is_normed = config.embedding_norm and layer == 0 and config.norm_placement == "pre"
     if not first_is_normed:
-        yield from _norm(config, f"{name}.attention_norm")
+        yield from _norm(config, f"{name}.attention_norm", "sequence")
     yield from _attention(config, f"{name}.attention", side, side)
     if side == "target":
-        yield from _norm(config, f"{name}.cross_norm")
+        yield from _norm(config, f"{name}.cross_norm", "sequence")
         yield from _attention(config, f"{name}.cross", "target", "input")
-    yield from _norm(config, f"{name}.mlp_norm")
+    yield from _norm(config, f"{name}.mlp_norm", "sequence")
     if config.experts is not None and config.has_experts(layer):
         yield from _experts(config, config.experts, f"{name}.mlp", side)
     else:
         yield from _mlp(config, f"{name}.mlp", config.ff, side)
+
+
+def _ahead(config: Decoder) -> Iterator[Weight]:
+    """Yield the blocks that look ahead, which do without sequence parallelism."""
+    for number in range(config.predict_ahead):
+        for weight in _block(config, f"ahead.{number}", config.num_layers, "input"):
+            yield replace(weight, summed=None) if weight.summed == "sequence" else weight
 
 
 def _attention(config: AnyModel, name: str, side: str, kv_side: str) -> Iterator[Weight]:
@@ -138,8 +154,8 @@ def _attention(config: AnyModel, name: str, side: str, kv_side: str) -> Iterator
     yield from _linear(config, f"{name}.key", config.d_model, kv_width, 0, kv_side)
     yield from _linear(config, f"{name}.value", config.d_model, kv_width, 0, kv_side)
     if config.qk_norm:
-        yield Weight(f"{name}.query_norm.weight", (config.head_dim,))
-        yield Weight(f"{name}.key_norm.weight", (config.head_dim,))
+        yield Weight(f"{name}.query_norm.weight", (config.head_dim,), summed="heads")
+        yield Weight(f"{name}.key_norm.weight", (config.head_dim,), summed="heads")
     yield from _linear(config, f"{name}.out", width, config.d_model, 1, side)
 
 
@@ -182,13 +198,13 @@ def _encoder_heads(config: Encoder) -> Iterator[Weight]:
 
 
 def _linear(config: AnyModel, name: str, fan_in: int, fan_out: int, cut: int | None, side: str) -> Iterator[Weight]:
-    """Yield a linear layer; a bias is cut as the output features are."""
+    """Yield a linear layer; a bias is cut as the output features are, and else added after the ranks' sum."""
     yield Weight(f"{name}.weight", (fan_out, fan_in), cut, 1, side)
     if config.bias:
-        yield Weight(f"{name}.bias", (fan_out,), 0 if cut == 0 else None)
+        yield Weight(f"{name}.bias", (fan_out,), 0 if cut == 0 else None, summed="sequence" if cut == 1 else None)
 
 
-def _norm(config: AnyModel, name: str) -> Iterator[Weight]:
-    yield Weight(f"{name}.weight", (config.d_model,))
+def _norm(config: AnyModel, name: str, summed: Literal["sequence"] | None = None) -> Iterator[Weight]:
+    yield Weight(f"{name}.weight", (config.d_model,), summed=summed)
     if config.norm == "layernorm" and config.bias:
-        yield Weight(f"{name}.bias", (config.d_model,))
+        yield Weight(f"{name}.bias", (config.d_model,), summed=summed)

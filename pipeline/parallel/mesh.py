@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from pipeline.errors import ConfigError
 
@@ -104,6 +104,10 @@ class Mesh:
         shared = [dist.new_group(list(ranks[first : first + tensor]), timeout=timeout) for first in ranks[::tensor]]
         self.data_group: dist.ProcessGroup = data[self.place.tensor_rank]
         self.tensor_group: dist.ProcessGroup = shared[self.place.data_rank]
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return itself: a copy of a model exchanges tensors with the same ranks."""
+        return self
 
     @property
     def rank(self) -> int:

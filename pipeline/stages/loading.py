@@ -3,6 +3,7 @@
 A model is an artifact of ours, or a directory in Hugging Face's layout that was adopted (see `stages.imported`).
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pipeline.artifact import Artifact
@@ -13,6 +14,8 @@ from pipeline.stage import Stage
 from pipeline.text.tokenizers import TOKENIZER, Tokenizer, load
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.models.transformer import Transformer
 
 FOR_IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # what the ids of a text depend on
@@ -24,7 +27,21 @@ def load_language_model(source: Artifact) -> "Transformer":
     Raises:
         ArtifactError: If a file is damaged, or it is a classifier, or a model that our settings cannot describe.
     """
-    from pipeline.models.saved import load_model
+    model, weights = open_language_model(source)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.load_state_dict(dict(weights), assign=True)
+    return model.eval()
+
+
+def open_language_model(source: Artifact) -> "tuple[Transformer, Mapping[str, Tensor]]":
+    """Return the model of an artifact and its weights, once each file was read against its checksum.
+
+    If it is one of ours, the model is on the device "meta", and weights are read when they are asked for.
+
+    Raises:
+        ArtifactError: If a file is damaged, or it is a classifier, or a model that our settings cannot describe.
+    """
+    from pipeline.models.saved import open_model
     from pipeline.models.transformer import Transformer
 
     for name in source.names:
@@ -32,11 +49,12 @@ def load_language_model(source: Artifact) -> "Transformer":
     if is_theirs(source.path):
         from pipeline.models.hf.load import import_hf
 
-        return import_hf(source.path)
-    model = load_model(source.path)
+        theirs = import_hf(source.path)
+        return theirs, theirs.state_dict()
+    model, weights = open_model(source.path)
     if not isinstance(model, Transformer):
         raise ArtifactError(f"{source.path}: wanted a language model, found a classifier")
-    return model
+    return model, weights
 
 
 def model_settings(source: Artifact) -> AnyModel:

@@ -1,17 +1,17 @@
 """What pretraining needs before its first step: the model with its first weights, and how it is fed and tested."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.models.config import AnyModel, Decoder, EncoderDecoder
-from pipeline.parallel.engine import EngineSettings, deepspeed_json
+from pipeline.parallel.engine import EngineSettings, Precision, partitioner
 from pipeline.parallel.mesh import shape_batch
-from pipeline.stage import Run, Stage
+from pipeline.stage import Stage
 from pipeline.stages.import_tokenizer import ImportTokenizer
-from pipeline.stages.loading import check_tokenizer, load_language_model, model_settings
+from pipeline.stages.loading import check_tokenizer, load_language_model, model_settings, open_language_model
 from pipeline.stages.train_tokenizer import TrainTokenizer
 from pipeline.text.corpus import HELD
 from pipeline.text.packing import WarmUp
@@ -20,9 +20,12 @@ from pipeline.text.tokenizers import TOKENIZER, load
 from pipeline.training.objectives import Distillation, Objective
 
 if TYPE_CHECKING:
+    import torch
+
+    from pipeline.models.classifier import Classifier
     from pipeline.models.transformer import Transformer
+    from pipeline.parallel.mesh import Mesh
     from pipeline.stage import Context
-    from pipeline.stages.finetune import Finetune
     from pipeline.stages.pretrain import Pretrain
     from pipeline.text.loader import Loader
     from pipeline.text.stream import TokenStream
@@ -58,27 +61,77 @@ def settle_model(stage: "Pretrain", inputs: Mapping[str, Artifact], tokens: Arti
     return config
 
 
-def build_model(stage: "Pretrain", config: AnyModel, ctx: "Context") -> "Transformer":
-    """Return the model with its first weights. Raises ConfigError if those of `init_from` do not fit."""
-    from pipeline.models.initial import init_weights
+def build_model(stage: "Pretrain", config: AnyModel, ctx: "Context", mesh: "Mesh") -> "Transformer":
+    """Return this rank's part of the model with its first weights.
+
+    Raises:
+        ConfigError: If the weights of `init_from` do not fit, or the tensor-parallel ranks cannot share the model.
+    """
+    import torch
+
+    from pipeline.models.initial import first_weight
     from pipeline.models.loss import TokenLoss
-    from pipeline.models.transfer import take_weights
+    from pipeline.models.transfer import compare, take_over
     from pipeline.models.transformer import Transformer
 
     if isinstance(stage.objective, Distillation):
         model: Transformer = _student(stage.objective, config, ctx.inputs[TEACHER])
     else:
-        model = Transformer(config)
-    init_weights(model, stage.seed)
+        with torch.device("meta"):
+            model = Transformer(config)
     ctx.log(f"{config.num_params():,} parameters")
+    found: Mapping[str, torch.Tensor] = {}
+    num_ids = 0
     if INIT_FROM in ctx.inputs:
-        fresh, unused = take_weights(model, load_language_model(ctx.inputs[INIT_FROM]))
+        source, found = open_language_model(ctx.inputs[INIT_FROM])
+        num_ids = min(config.real_vocab_size, source.config.real_vocab_size)
+        fresh, unused = compare(model, source)
         if fresh:
             ctx.log(f"not in {INIT_FROM}, so they begin anew: {', '.join(fresh)}")
         if unused:
             ctx.log(f"of {INIT_FROM} not used: {', '.join(unused)}")
+
+    def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        first = first_weight(config, name, shape, stage.seed)
+        return take_over(name, first, found[name], num_ids) if name in found else first
+
+    give_weights(model, value, stage.precision, ctx, mesh)
     model.token_loss = TokenLoss(stage.label_smoothing, stage.z_loss)
     return model
+
+
+def give_weights(
+    model: "Transformer | Classifier",
+    value: "Callable[[str, tuple[int, ...]], torch.Tensor]",
+    precision: Precision,
+    ctx: "Context",
+    mesh: "Mesh",
+) -> None:
+    """Make a model on the device "meta" this rank's part of itself, and give it its weights one by one.
+
+    With ZeRO stage 3 each is cut at once among the data-parallel ranks too.
+
+    Args:
+        value: From the name and the shape of a whole parameter or buffer to its values.
+
+    Raises:
+        ConfigError: If the tensor-parallel ranks cannot share the model.
+    """
+    from pipeline.models.classifier import Classifier
+    from pipeline.models.weights import tensor_problems, weights
+    from pipeline.parallel.tensor import materialize, split
+
+    parallel = ctx.settings.parallel
+    trunk = model.trunk if isinstance(model, Classifier) else model
+    if problems := list(tensor_problems(trunk.config, mesh.tensor)):
+        raise ConfigError(*(f"run.parallel.tensor: {problem}" for problem in problems))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    split(trunk, weights(trunk.config), mesh, parallel.sequence)
+    settle = None
+    if parallel.zero == 3:
+        batch = shape_batch(mesh.data, 1, mesh.data)  # which says nothing about the weights
+        settle = partitioner(EngineSettings.of(batch, parallel, precision, None), mesh)
+    materialize(model, lambda name: value(name, shapes[name]), mesh, settle)
 
 
 @dataclass(frozen=True)
@@ -165,6 +218,8 @@ def check_special_tokens(objective: Objective, field: str, maker: Stage | None) 
 
 
 def _student(objective: Distillation, config: AnyModel, source: Artifact) -> "Transformer":
+    import torch
+
     from pipeline.models.distillation import Student
 
     teacher = load_language_model(source)
@@ -177,7 +232,8 @@ def _student(objective: Distillation, config: AnyModel, source: Artifact) -> "Tr
             f"model.vocab_size: wanted at least {teacher.config.real_vocab_size}, the teacher's, found "
             f"{config.real_vocab_size}"
         )
-    return Student(config, teacher, objective.temperature)
+    with torch.device("meta"):
+        return Student(config, teacher, objective.temperature)
 
 
 def _describe_warmup(warmup: list[WarmUp], stage: "Pretrain") -> Iterator[str]:
@@ -203,18 +259,3 @@ def coefficients(objective: Objective, config: AnyModel) -> dict[str, float]:
         own = ["tokens", "sentence", *(f"ahead_{number}" for number in ahead)]
         found |= dict.fromkeys(own, 1 - objective.weight) | {"distill": objective.weight}
     return found
-
-
-def check_engine(rows: int, field: str, stage: "Pretrain | Finetune", run: Run) -> Iterator[tuple[str, str]]:
-    """Yield what DeepSpeed's settings cannot be made of: a batch that does not divide, a contradiction."""
-    try:
-        shape = shape_batch(rows, run.microbatch_sequences, run.ranks)
-    except ConfigError as error:
-        yield field, str(error)
-        return
-    try:
-        deepspeed_json(
-            EngineSettings(shape, run.parallel.zero, stage.precision, stage.clip_norm, run.parallel.deepspeed)
-        )
-    except ConfigError as error:
-        yield from ((field, problem) for problem in error.problems)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.errors import ArtifactError
 from pipeline.models.classifier import Classifier
 from pipeline.models.initial import init_weights
-from pipeline.models.saved import load_model, save_model
+from pipeline.models.saved import load_model, open_model, save_model
 from pipeline.models.transformer import Transformer
 
 
@@ -24,6 +24,18 @@ def test_a_model_comes_back_as_it_was(tmp_path, name):
     assert all(p.requires_grad for p in loaded.parameters())
     tied = model.config.tie_embeddings
     assert ("head.weight" in load_file(tmp_path / "model.safetensors")) is not tied
+
+
+def test_weights_are_read_one_by_one(tmp_path):
+    model = make("deepseek")
+    save_model(tmp_path, model)
+    empty, weights = open_model(tmp_path)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert dict(weights.shapes) == {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    assert set(weights) == set(model.state_dict())
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    assert "ahead.0.mlp_norm.weight" not in weights
+    assert weights.get("ahead.0.mlp_norm.weight") is None
 
 
 def test_training_a_loaded_model_leaves_its_file_alone(tmp_path):

@@ -68,6 +68,10 @@ def test_what_cannot_be_cut_is_said():
         "num_heads (4) and num_kv_heads (2) must be multiples of 4",
     ]
     assert "d_ff (64) must be a multiple of 3" in list(tensor_problems(config, 3))
+    assert list(tensor_problems(config, 2, [8, 10])) == []
+    assert list(tensor_problems(config, 2, [8, 7, 9])) == [
+        "sequences of 7 positions cannot be shared by 2 ranks; take lengths that divide",
+    ]
 
 
 # --- what sees what
@@ -258,7 +262,7 @@ def test_a_wider_model_begins_smaller_and_learns_more_slowly_where_it_is_wide():
     assert wide.decoder.blocks[0].mlp.up.weight.std().item() == pytest.approx(0.01, rel=0.025)
     assert wide.embedding.weight[:1000].std().item() == pytest.approx(0.02, rel=0.025)
     scales = lr_scales(wide, wide.config)
-    assert {name for name, scale in scales.items() if scale == 0.25} == hidden_matrices(wide)
+    assert {name for name, scale in scales.items() if scale == 0.25} == hidden_matrices(wide.config)
     assert scales["embedding.weight"] == scales["decoder.norm.weight"] == 1
     ids = random_ids()
     assert_close(wide(ids), F.linear(wide.hidden(ids), wide.embedding.weight)[..., :1000] / 4)
