@@ -2,10 +2,12 @@
 
 import ctypes
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from pipeline.errors import Interrupted, Preempted
@@ -34,6 +36,25 @@ def read_ranks() -> Ranks:
 def cpus() -> int:
     """Return the number of processors this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def has_accelerator() -> bool:
+    """Return whether this machine shows an accelerator that torch calls "cuda", by its device files."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    devices = Path("/dev")  # of NVIDIA, of NVIDIA in WSL, and of AMD
+    return any(devices.glob("nvidia[0-9]*")) or any((devices / name).exists() for name in ("dxg", "kfd"))
+
+
+def missing_compiler() -> str | None:
+    """Return what is wrong with the C++ compiler that torch.compile needs on a processor; null if nothing is."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is not None:
+        return None
+    return (
+        f"torch.compile needs a C++ compiler, and there is no '{compiler}' in the PATH; install one, let the variable "
+        "CXX of the environment name one, or set run.compile to false"
+    )
 
 
 class StopRequest:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from pipeline.env import StopRequest, read_ranks
+from pipeline.env import StopRequest, has_accelerator, missing_compiler, read_ranks
 from pipeline.errors import Interrupted, Preempted
 
 
@@ -81,3 +81,20 @@ def _runs(pid: int) -> bool:
             return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_an_accelerator_that_is_hidden_is_none(monkeypatch):
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not has_accelerator()
+
+
+def test_a_compiler_is_looked_for(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert missing_compiler().startswith("torch.compile needs a C++ compiler, and there is no 'g++' in the PATH")
+    monkeypatch.setenv("CXX", "c++")
+    assert missing_compiler() is None

@@ -1,14 +1,13 @@
 """The only door to DeepSpeed's engine, and the only writer of its JSON."""
 
 import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pipeline.errors import ConfigError
 from pipeline.parallel.mesh import BatchShape, Mesh
@@ -16,7 +15,27 @@ from pipeline.parallel.mesh import BatchShape, Mesh
 if TYPE_CHECKING:
     import torch
 
-Precision = Literal["fp32", "bf16"]
+    from pipeline.stage import Parallel
+
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]  # the last is bf16 with products in fp8, see parallel.fp8
+Offload = Literal["cpu", "nvme"]
+SIXTEEN_BITS = {"bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}  # what DeepSpeed calls the type of the weights
+TYPED = {  # what DeepSpeed's JSON would say too, and the setting that says it here
+    "fp16": "precision",
+    "bf16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "data_types": "precision",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "activation_checkpointing": "run.parallel.activation_checkpointing",
+    "compile": "run.compile",
+    "tensor_parallel": "run.parallel.tensor",
+    "sequence_parallel_size": "run.parallel.sequence",
+    "zero_optimization.stage": "run.parallel.zero",
+    "zero_optimization.offload_optimizer": "run.parallel.offload",
+    "zero_optimization.cpu_offload": "run.parallel.offload",
+}
 GROUP_TIMEOUT = timedelta(minutes=10)  # well above a checkpoint's time, well below torch's half hour
 
 
@@ -27,6 +46,7 @@ class EngineSettings:
     Attributes:
         clip_norm: Largest global gradient norm; null does not clip.
         extra: `run.parallel.deepspeed`, merged last.
+        offload: Where the state of the optimizer is kept; null is on the device.
     """
 
     batch: BatchShape
@@ -34,44 +54,97 @@ class EngineSettings:
     precision: Precision
     clip_norm: float | None
     extra: Mapping[str, Any]
+    offload: Offload | None = None
+
+    @classmethod
+    def of(cls, batch: BatchShape, parallel: "Parallel", precision: Precision, clip_norm: float | None) -> Self:
+        """Return them for what `run.parallel` says."""
+        return cls(batch, parallel.zero, precision, clip_norm, parallel.deepspeed, parallel.offload)
+
+    def simplified(self) -> Self:
+        """Return the same without ZeRO where it shares out nothing, and would only keep a copy of the weights more.
+
+        That is with one data-parallel rank, in fp32. What is learned is the same but for rounding.
+        """
+        shares = self.batch.data_ranks > 1 or self.zero == 3 or self.precision != "fp32"
+        asked_for = self.offload is not None or "zero_optimization" in self.extra
+        return self if shares or asked_for else replace(self, zero=0)
 
 
 def deepspeed_json(settings: EngineSettings) -> dict[str, Any]:
     """Return DeepSpeed's configuration.
 
     Raises:
-        ConfigError: If `extra` contradicts a typed setting, or asks for what DeepSpeed does wrong.
+        ConfigError: If `extra` contradicts a typed setting, or something is asked for that DeepSpeed cannot do or does
+            wrong.
     """
     ours: dict[str, Any] = {
         "train_batch_size": settings.batch.rows,
         "train_micro_batch_size_per_gpu": settings.batch.microbatch,
         "gradient_accumulation_steps": settings.batch.accumulation,
-        "gradient_clipping": settings.clip_norm or 0.0,
+        "managed_gradient_accumulation": True,
+        "gradient_clipping": (settings.clip_norm or 0.0) if settings.zero else 0.0,  # without ZeRO, Gate clips
         "steps_per_print": 10**12,
         "zero_optimization": {"stage": settings.zero},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if settings.precision == "bf16":
-        ours |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    clashes = list(_clashes(settings.extra, ours))
-    if clashes:
-        raise ConfigError(*(f"run.parallel.deepspeed.{key}: contradicts a typed setting; set that" for key in clashes))
-    if _merge(ours, settings.extra)["zero_optimization"].get("round_robin_gradients"):
-        # Note: of DeepSpeed 0.19.8; training is right, but a wrong model would be written (safe_get_full_fp32_param)
-        raise ConfigError(
-            "run.parallel.deepspeed.zero_optimization.round_robin_gradients: DeepSpeed then gives the weights out in a "
-            "wrong order; leave it out"
-        )
+    if settings.precision != "fp32":
+        ours |= {SIXTEEN_BITS[settings.precision]: {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    problems = [*_refused(settings), *_clashes(settings.extra, ours)]
+    if problems:
+        raise ConfigError(*problems)
+    if settings.offload:
+        ours["zero_optimization"]["offload_optimizer"] = {"device": settings.offload}
+    if settings.precision != "fp32":
+        ours["communication_data_type"] = "fp32"  # else gradients are rounded to 16 bits before they are summed
     return _merge(ours, settings.extra)
 
 
+def _refused(settings: EngineSettings) -> Iterator[str]:
+    """Yield what cannot be combined, and why."""
+    if settings.zero == 0 and settings.precision != "fp32":
+        yield (
+            f"run.parallel.zero: under stage 0 DeepSpeed sums the gradients of precision '{settings.precision}' in 16 "
+            "bits; take stage 1, which sums them in fp32"
+        )
+    if settings.offload == "nvme":
+        yield (
+            "run.parallel.offload: what DeepSpeed swaps to 'nvme' it gives nobody else to read, so no checkpoint could "
+            "be written; take 'cpu'"
+        )
+    elif settings.offload and settings.zero == 0:
+        yield "run.parallel.offload: DeepSpeed offloads only what ZeRO shares out; set run.parallel.zero to 1, 2 or 3"
+    elif settings.offload and settings.zero < 3 and settings.precision != "fp32":
+        # Note: of DeepSpeed 0.19.8; its buffers on the host have the type of the weights, and keep what is not finite
+        yield (
+            f"run.parallel.offload: under stage {settings.zero} DeepSpeed sums offloaded gradients of precision "
+            f"'{settings.precision}' in 16 bits, and keeps those that are not finite; set run.parallel.zero to 3"
+        )
+
+
 def _clashes(extra: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
-    typed = {"fp16", "bf16", "data_types", "optimizer", "scheduler"} | set(ours) - {"zero_optimization"}
-    yield from (key for key in extra if key in typed)
-    zero, stage = extra.get("zero_optimization", {}), ours["zero_optimization"]["stage"]
-    if not isinstance(zero, Mapping) or zero.get("stage", stage) != stage:
-        yield "zero_optimization.stage"
+    """Yield what `run.parallel.deepspeed` may not say, and what says it instead."""
+    prefix = "run.parallel.deepspeed"
+    zero = extra.get("zero_optimization", {})
+    if not isinstance(zero, Mapping):
+        yield f"{prefix}.zero_optimization: wanted a mapping, found {zero!r}"
+        return
+    derived = set(ours) - {"zero_optimization"}
+    for key in [*extra, *(f"zero_optimization.{key}" for key in zero)]:
+        if key in TYPED:
+            yield f"{prefix}.{key}: contradicts a typed setting; set {TYPED[key]} instead"
+        elif key in derived:
+            yield f"{prefix}.{key}: contradicts a typed setting; it follows from the batch, clip_norm and run"
+    offloaded = zero.get("offload_param")
+    if isinstance(offloaded, Mapping) and offloaded.get("device") == "nvme":
+        yield f"{prefix}.zero_optimization.offload_param: no checkpoint could be written of 'nvme'; take 'cpu'"
+    if zero.get("round_robin_gradients"):
+        # Note: of DeepSpeed 0.19.8; training is right, but a wrong model would be written (safe_get_full_fp32_param)
+        yield (
+            f"{prefix}.zero_optimization.round_robin_gradients: DeepSpeed then gives the weights out in a wrong order; "
+            "leave it out"
+        )
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,8 +174,10 @@ def process_group(tensor: int = 1, timeout: timedelta = GROUP_TIMEOUT, at: str |
         warnings.simplefilter("ignore")  # DeepSpeed's and torch's own deprecations
         import deepspeed
         import deepspeed.ops
+        import deepspeed.runtime.bf16_optimizer
 
         deepspeed.utils.logger.setLevel(logging.ERROR)
+        deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *said, **how: None  # it prints, whatever the level
         if not torch.cuda.is_available():
             # Note: else DeepSpeed compiles an operator that only inference needs: a minute, and a compiler
             deepspeed.ops.__compatible_ops__ = {}
@@ -115,33 +190,6 @@ def process_group(tensor: int = 1, timeout: timedelta = GROUP_TIMEOUT, at: str |
             deepspeed.comm.destroy_process_group()
 
 
-class Gate:
-    """Stands before the `step` of an optimizer, which DeepSpeed calls once for each group, and asks whether it may go.
-
-    Attributes:
-        grad_norm: The global norm of the step's gradient, infinite where it is not finite (then DeepSpeed updates
-            nothing by itself).
-        updated: Whether the weights were changed.
-    """
-
-    def __init__(self, engine: Any, optimizer: "torch.optim.Optimizer") -> None:
-        self._engine, self._update = engine, optimizer.step
-        self._ask: Callable[[float], bool] = lambda grad_norm: True
-        self._asked = self.updated = False
-        self.grad_norm = math.inf
-        optimizer.step = self._step  # type: ignore[method-assign]
-
-    def begin(self, ask: Callable[[float], bool]) -> None:
-        """Get ready for a step; `ask` is called once, with the norm of the gradient, before any weight changes."""
-        self._ask, self._asked, self.updated, self.grad_norm = ask, False, False, math.inf
-
-    def _step(self, *arguments: Any, **named: Any) -> Any:
-        if not self._asked:
-            self.grad_norm = float(self._engine.optimizer._global_grad_norm)
-            self._asked, self.updated = True, self._ask(self.grad_norm)
-        return self._update(*arguments, **named) if self.updated else None
-
-
 def build_engine(
     model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", settings: EngineSettings, mesh: Mesh
 ) -> Any:
@@ -150,14 +198,16 @@ def build_engine(
     An optimizer with `layouts`, which looks at whole matrices, is told where they lie in what it is given.
 
     Raises:
-        ConfigError: If DeepSpeed does not take what `run.parallel.deepspeed` says.
+        ConfigError: If the device lacks the precision, or DeepSpeed does not take what `run.parallel.deepspeed` says.
     """
     import deepspeed
 
+    from pipeline.parallel.gate import Gate
     from pipeline.parallel.partitions import flat_partitions
 
     learning = [p for p in model.parameters() if p.requires_grad]
     config = deepspeed_json(settings)
+    _check_device(settings.precision)
     try:
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=learning, config=config, mpu=mesh
@@ -167,15 +217,56 @@ def build_engine(
             raise
         reason = " ".join(str(error).split())
         raise ConfigError(f"run.parallel.deepspeed: DeepSpeed does not take it: {reason}") from error
-    engine.gate = Gate(engine, optimizer)
+    engine.gate = Gate(engine, optimizer, settings.clip_norm)
     if hasattr(optimizer, "layouts"):
         optimizer.layouts = flat_partitions(engine)
     return engine
 
 
+def _check_device(precision: Precision) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    from pipeline.parallel import fp8
+
+    device = get_accelerator()
+    supports: dict[Precision, Callable[[], bool]] = {
+        "bf16": device.is_bf16_supported,
+        "fp16": device.is_fp16_supported,
+        "fp8": fp8.is_supported,
+    }
+    if precision in supports and not supports[precision]():
+        raise ConfigError(f"precision: this device ({device.device_name(0)}) has no '{precision}'; take fp32, or bf16")
+
+
+def partitioner(settings: EngineSettings, mesh: Mesh) -> "Callable[[torch.nn.Parameter], None]":
+    """Return what cuts a parameter among the data-parallel ranks at once, as ZeRO stage 3 does for the whole model.
+
+    So no rank ever has to hold the model whole. The engine that trains it must be built with the same settings.
+    """
+    import torch
+    from deepspeed.runtime.zero import Init
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(settings.precision, torch.bfloat16)
+    config = deepspeed_json(settings)
+    first: list[Any] = []
+
+    def cut(parameter: Any) -> None:
+        parameter.data = parameter.data.to(dtype)
+        if first:  # which has learned from DeepSpeed how to
+            first[0].convert_to_zero_parameters(param_list=[parameter])
+            return
+        alone = torch.nn.ParameterList([parameter])
+        Init(module=alone, data_parallel_group=mesh.data_group, config_dict_or_path=config, mpu=mesh, dtype=dtype)
+        first.append(parameter)
+
+    return cut
+
+
 def refresh_weights(engine: Any) -> None:
     """Copy the fp32 partitions into the weights that the model computes with, after they were changed by hand."""
     zero = engine.optimizer
+    if not engine.zero_optimization():  # the weights are the only ones
+        return
     if not hasattr(zero, "fp32_partitioned_groups_flat"):
         zero.update_lp_params()
         return
@@ -186,19 +277,49 @@ def refresh_weights(engine: Any) -> None:
     zero.checkpoint_event_epilogue()
 
 
-def full_weights(engine: Any) -> dict[str, "torch.Tensor"]:
-    """Return a copy of all weights in fp32 (the master copies where training was in bf16), on every rank.
+def full_weights(engine: Any, mesh: Mesh) -> dict[str, "torch.Tensor"]:
+    """Return a copy of all weights in fp32 (the master copies where training was in less) on rank 0, else nothing.
 
-    Buffers that belong to the model are among them, as they are.
+    They are brought together one by one, so that a device holds one whole weight more than in training. Buffers that
+    belong to the model are among them, as they are. Every rank must come here.
     """
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        whole = _gather(_data_whole(engine, parameter), parameter, mesh)
+        if mesh.rank == 0:
+            weights[name] = whole.to("cpu", _kept(whole.dtype), copy=True)
+    if mesh.rank != 0:
+        return {}
+    buffers = {name: state for name, state in engine.module.state_dict().items() if name not in weights}
+    return weights | {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
+
+
+def _kept(dtype: "torch.dtype") -> "torch.dtype":
     import torch
+
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _data_whole(engine: Any, parameter: Any) -> "torch.Tensor":
+    """Return what the data-parallel ranks hold of a parameter together."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        with GatheredParameters(parameter, enabled=not parameter.requires_grad):  # stage 3 cuts frozen ones too
-            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.data
-            weights[name] = full.detach().to("cpu", torch.float32).clone()
-    buffers = {name: state for name, state in engine.module.state_dict().items() if name not in weights}
-    return weights | {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
+    if engine.zero_optimization() and parameter.requires_grad:
+        master: torch.Tensor = safe_get_full_fp32_param(parameter)
+        return master.detach()
+    with GatheredParameters(parameter, enabled=hasattr(parameter, "ds_id")):  # stage 3 cuts frozen ones too
+        held: torch.Tensor = parameter.detach().clone()
+    return held
+
+
+def _gather(held: "torch.Tensor", parameter: Any, mesh: Mesh) -> "torch.Tensor":
+    """Return on rank 0 the whole of a parameter that tensor-parallel ranks may share; on the others, anything."""
+    import torch
+    import torch.distributed as dist
+
+    if mesh.data_rank != 0 or not getattr(parameter, "tensor_model_parallel", False):
+        return held
+    slices = [torch.empty_like(held) for _ in range(mesh.tensor)] if mesh.tensor_rank == 0 else None
+    dist.gather(held.contiguous(), slices, dst=0, group=mesh.tensor_group)
+    return held if slices is None else torch.cat(slices, dim=parameter.partition_dim)
