@@ -149,6 +149,7 @@ def _pump(stream: IO[bytes], log: IO[bytes], show: bool) -> None:
         log.write(line.rsplit(REDRAW, 1)[-1] + b"\n" if line else b"")
     with suppress(OSError):
         log.close()
+    stream.close()
 
 
 def _show(block: bytes) -> bool:

@@ -44,6 +44,16 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """Steps to point out: a band from the first to the last of them, whose value is a ring if it is known."""
+
+    step: float
+    first: float
+    value: float | None
+    words: str
+
+
+@dataclass(frozen=True)
 class Bar:
     """One bar of a list; `words` say its value."""
 
@@ -61,6 +71,7 @@ def line_chart(
     level: Level | None = None,
     tokens_per_step: float | None = None,
     span: tuple[float, float] | None = None,
+    marks: Sequence[Mark] = (),
 ) -> Html:
     """Draw curves over steps.
 
@@ -68,6 +79,7 @@ def line_chart(
         from_zero: Let the axis of values begin at zero.
         tokens_per_step: Gives the axis a second row of labels, in tokens.
         span: First and last step to show; null shows those of the curves.
+        marks: What to point out; they lie in the span.
     """
     values = [y for curve in curves for _, y in curve.points]
     measured = [y for curve in curves if not curve.is_derived for _, y in curve.points]
@@ -81,13 +93,15 @@ def line_chart(
     drawing = [
         y_axis(scale),
         x_axis(scale, steps, *rows),
+        el("g", (_band(scale, mark) for mark in marks), class_="passed") if marks else None,
         _draw_level(scale, level),
         el("svg", (_path(scale, c) for c in thinned), class_="data", viewBox=_BOX, preserveAspectRatio="none"),
         (_dots(scale, curve) for curve in thinned),
-        el("g", _columns(scale, curves, tokens_per_step), class_="hits"),
+        el("g", (_ring(scale, mark) for mark in marks), class_="passed") if marks else None,
+        el("g", _columns(scale, curves, tokens_per_step, marks), class_="hits"),
     ]
     below = ["step", "tokens"][: len(rows)]
-    legend = _legend(curves) if sum(curve.in_legend for curve in curves) > 1 else None
+    legend = _legend(curves, marks) if marks or sum(curve.in_legend for curve in curves) > 1 else None
     return figure(title, unit, plot(drawing, f"{title}, {unit}, by step", below), legend, _beyond(scale, measured))
 
 
@@ -167,7 +181,23 @@ def _draw_level(scale: Scale, level: Level | None) -> Html | None:
     return el("g", line, el("text", level.label, x="100%", y=height, dx="-4", dy="-6"), class_="level")
 
 
-def _columns(scale: Scale, curves: Sequence[Curve], tokens_per_step: float | None) -> Iterable[Html]:
+def _band(scale: Scale, mark: Mark) -> Html:
+    """Draw the steps of a mark from half a step before to half a step after them, and a line at its own."""
+    left, right = (min(100.0, max(0.0, scale.x(step))) for step in (mark.first - 0.5, mark.step + 0.5))
+    at = place(scale.x(mark.step))
+    band = el("rect", x=place(left), width=place(right - left), y="0", height="100%")
+    return el("g", band, el("line", x1=at, x2=at, y1="0", y2="100%"))
+
+
+def _ring(scale: Scale, mark: Mark) -> Html | None:
+    if mark.value is None:
+        return None
+    return el("circle", cx=place(scale.x(mark.step)), cy=place(scale.y(mark.value)), r="4")
+
+
+def _columns(
+    scale: Scale, curves: Sequence[Curve], tokens_per_step: float | None, marks: Sequence[Mark]
+) -> Iterable[Html]:
     """Cut the plot into columns around some of the steps; each tells the points of the curves that lie in it."""
     curves = [curve for curve in curves if curve.points]
     steps = sorted({x for curve in curves for x, _ in curve.points})
@@ -182,6 +212,7 @@ def _columns(scale: Scale, curves: Sequence[Curve], tokens_per_step: float | Non
             if left <= x <= right:
                 elsewhere = f" at step {x:,.0f}" if x != step and not curve.is_derived else ""
                 lines.append(f"{curve.label} {number(y)}{elsewhere}")
+        lines += [mark.words for mark in marks if left <= mark.step < right or mark.step == right == scale.x_high]
         yield hit(scale.x(left), scale.x(right) - scale.x(left), *lines)
 
 
@@ -192,10 +223,11 @@ def _nearest(points: Sequence[Point], x: float) -> Point:
     return min(around, key=lambda point: abs(point[0] - x))
 
 
-def _legend(curves: Sequence[Curve]) -> Html:
+def _legend(curves: Sequence[Curve], marks: Sequence[Mark]) -> Html:
     named = [curve for curve in curves if curve.in_legend]
-    entries = (el("span", el("i", class_=f"{c.look} k{c.colour}"), c.label) for c in named)
-    return el("span", entries, class_="legend")
+    entries = [el("span", el("i", class_=f"{c.look} k{c.colour}"), c.label) for c in named]
+    passed = el("span", el("i", class_="passed"), "passed over") if marks else None
+    return el("span", entries, passed, class_="legend")
 
 
 def _beyond(scale: Scale, values: Sequence[float]) -> str | None:

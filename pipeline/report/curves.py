@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.report.charts import Curve, Level, line_chart
+from pipeline.report.charts import Curve, Level, Mark, line_chart
 from pipeline.report.entries import Entry, is_number
+from pipeline.report.events import marks
 from pipeline.report.groups import LOAD, SMOOTHED_FROM, draw, expert_loads, find_groups, has_helpers
 from pipeline.report.markup import Html, el, join
 from pipeline.report.scales import Point, smooth
@@ -51,7 +52,7 @@ def curves(entry: Entry) -> Html | None:
     grouped = find_groups(runs[ALONE]) if ALONE in runs else []
     taken = {*LOSSES, *(name for group in grouped for name in group.names)}
     first = [_loss_chart(entry, runs)] if set(LOSSES) & set(names) else []
-    groups = [draw(group, runs[ALONE], tokens_per_step(entry), _span(runs)) for group in grouped]
+    groups = [draw(group, runs[ALONE], tokens_per_step(entry), _span(entry, runs)) for group in grouped]
     known = [name for name in MEASURES if name in names and name not in taken]
     others = [name for name in names if name not in MEASURES and name not in taken and not name.startswith(LOAD)]
     drawn = [_chart(entry, runs, name) for name in [*known, *others] if _is_curve(runs, name)]
@@ -99,7 +100,14 @@ def _loss_chart(entry: Entry, runs: Runs) -> Html:
                 drawn.append(Curve(label, measures[name], 2 if alone else colour, "dots"))
     return el(
         "div",
-        line_chart("Loss", "nats", drawn, tokens_per_step=tokens_per_step(entry), span=_span(runs)),
+        line_chart(
+            "Loss",
+            "nats",
+            drawn,
+            tokens_per_step=tokens_per_step(entry),
+            span=_span(entry, runs),
+            marks=marks(entry.events, "loss"),
+        ),
         class_="wide",
     )
 
@@ -115,8 +123,11 @@ def _chart(entry: Entry, runs: Runs, name: str) -> Html:
     ]
     clip = entry.settings.get("clip_norm") if name == "grad_norm" else None
     level = Level(clip, f"clipped to {clip:g}") if clip else None
+    passed: list[Mark] = marks(entry.events, "grad_norm") if name == "grad_norm" else []
     unit = _schedule(entry) if name == "lr" else measure.unit
-    return line_chart(measure.title, unit, drawn, measure.from_zero, level, tokens_per_step(entry), _span(runs))
+    return line_chart(
+        measure.title, unit, drawn, measure.from_zero, level, tokens_per_step(entry), _span(entry, runs), passed
+    )
 
 
 def _schedule(entry: Entry) -> str:
@@ -137,9 +148,10 @@ def _curve(run: str, name: str, points: Sequence[Point], colour: int) -> list[Cu
     return [faint, Curve(f"{run} smoothed".strip(), smooth(points), colour, look, is_derived=True)]
 
 
-def _span(runs: Runs) -> tuple[float, float]:
+def _span(entry: Entry, runs: Runs) -> tuple[float, float]:
     """Return the first and the last step of all, so that the charts of a training share one axis."""
     steps = [step for run in runs.values() for points in run.values() for step, _ in points]
+    steps += [step for event in entry.events for step in (event.step, *event.skipped)]
     return min(steps), max(steps)
 
 

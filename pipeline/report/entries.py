@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.artifact import Artifact
 from pipeline.track import METRICS, read_metrics
+from pipeline.training.ledger import LEDGER, Event, read_ledger
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Entry:
         lengths: Of a tokens artifact, how many documents there are of each number of tokens.
         vocabulary: Of a tokens artifact, how its tokenizer fares: what `vocabulary.json` holds.
         samples: Of a samples artifact, its rows: each a prompt and its continuation.
+        certificate: Of a certificate, its bounds and rows: what `certificate.json` holds.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Entry:
     lengths: Mapping[int, int] = field(default_factory=dict)
     vocabulary: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
+    certificate: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -72,6 +75,15 @@ class Entry:
             return []
         rows = {row["step"]: row for row in read_metrics(self.artifact.file(METRICS))}
         return [rows[step] for step in sorted(rows)]
+
+    @cached_property
+    def events(self) -> list[Event]:
+        """The steps that its training passed over, and why; none if it kept no ledger.
+
+        Raises:
+            ArtifactError: If the file is damaged.
+        """
+        return read_ledger(self.artifact.file(LEDGER)) if LEDGER in self.artifact.manifest.files else []
 
 
 def is_number(value: Any) -> bool:

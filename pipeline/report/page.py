@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib.resources import files
 
+from pipeline.report.certificate import certificates
 from pipeline.report.entries import Entry, in_order
 from pipeline.report.graph import graph
 from pipeline.report.markup import Child, Html, el
@@ -27,6 +28,7 @@ def render(title: str, entries: Sequence[Entry]) -> str:
         ("lengths", "How long the documents are", lengths(entries)),
         ("vocabulary", "How the tokenizer fits the text", vocabulary(entries)),
         ("training", "How training went", training(entries)),
+        ("certificate", "What layouts change", certificates(entries)),
         ("evaluation", "How well the model predicts", evaluation(entries)),
         ("comparison", "What pretraining was worth", comparison(entries)),
         ("samples", "What the model writes", samples(entries)),

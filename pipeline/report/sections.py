@@ -6,6 +6,7 @@ from typing import Any
 from pipeline.report.charts import Bar, bars, histogram, meter
 from pipeline.report.curves import curves
 from pipeline.report.entries import Entry, is_corpus
+from pipeline.report.events import table
 from pipeline.report.markup import Html, el, join, shown
 from pipeline.report.numerals import number, percent, plural
 from pipeline.text.corpus import DROPPED, SKIPPED
@@ -43,7 +44,7 @@ def training(entries: Sequence[Entry]) -> Html | None:
     drawn = []
     for entry in models:
         missing = el("p", "No metrics were kept, so there are no curves.", class_="quiet")
-        drawn.append(el("div", _subtitle(entry, models), curves(entry) or missing))
+        drawn.append(el("div", _subtitle(entry, models), curves(entry) or missing, table(entry)))
     return join(drawn) if drawn else None
 
 
