@@ -103,7 +103,7 @@ def plan(command: Command, job: str | None) -> list[Task]:
     outside = {task.name: _open_outside(task, Path(command.root)) for task in ordered}
     _check(ordered, tasks, outside, command)
     for task in ordered:
-        _place(task, tasks, outside[task.name], Path(command.root), job)
+        _place(task, tasks, outside[task.name], command, job)
     return ordered
 
 
@@ -176,8 +176,11 @@ def stage_of(artifact: Artifact) -> Stage:
         ) from None
 
 
-def _place(task: Task, tasks: Mapping[str, Task], outside: Mapping[str, Artifact], root: Path, job: str | None) -> None:
+def _place(
+    task: Task, tasks: Mapping[str, Task], outside: Mapping[str, Artifact], command: Command, job: str | None
+) -> None:
     """Give a task its fingerprint, directory and state."""
+    root = Path(command.root)
     identities: dict[str, Any] = {name: artifact.manifest.fingerprint for name, artifact in outside.items()}
     identities |= {name: tasks[other].fingerprint for name, other in task.needs.items()}
     try:
@@ -187,7 +190,10 @@ def _place(task: Task, tasks: Mapping[str, Task], outside: Mapping[str, Artifact
     settings = encode(task.stage)
     for name, identity in {**identities, **task.sources}.items():
         _put(settings, name, identity)
-    task.fingerprint = fingerprint({"stage": settings, "version": task.stage.version})
+    identity = {"stage": settings, "version": task.stage.version}
+    if more := task.stage.identity(command.run):
+        identity["more"] = more
+    task.fingerprint = fingerprint(identity)
     task.directory = root / task.stage.produces / f"{task.name}-{task.fingerprint}"
     for path in [task.directory, *sorted(task.directory.parent.glob(f"*-{task.fingerprint}"))]:
         if (path / MANIFEST).is_file():

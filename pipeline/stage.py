@@ -18,7 +18,7 @@ from pydantic import Field, StringConstraints
 
 from pipeline.artifact import WORK, Artifact, FileRecord, atomic, write_json
 from pipeline.env import Ranks
-from pipeline.errors import LaunchError, Preempted
+from pipeline.errors import LaunchError, PipelineError, Preempted
 from pipeline.progress import Progress
 from pipeline.proof import Proofs, settle
 from pipeline.settings import Choice, Settings, decode, encode
@@ -28,6 +28,7 @@ Stats = dict[str, Any]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # becomes part of a path
 SCRATCH = "scratch"  # in work/
 PARTIAL = "partial"  # in work/: what a stage needs to go on with inside a unit; gone once the artifact is published
+HEARTBEATS = "heartbeats"  # in work/: what each rank of a group is doing
 ATTEMPT_FILE = "attempt"  # in work/: the number of the newest try; ranks of earlier ones may no longer write
 CHECKPOINTS = "checkpoints"  # of a training, beside work/
 
@@ -40,10 +41,11 @@ class Parallel(Settings):
             the optimizer's state (1), gradients too (2), weights too (3), or nothing (0).
         tensor: Neighbouring ranks that share every layer (Shoeybi et al. 2019, arXiv:1909.08053).
         sequence: Whether these also share the positions between the layers (Korthikanti et al. 2022, arXiv:2205.05198).
-        offload: Where the state of the optimizer is kept; null is on the device.
+        offload: Where the state of the optimizer is kept and updated; null is on the device.
         offload_dir: A directory on a local disk, for offload "nvme".
-        activation_checkpointing: What is computed again in the backward pass instead of being kept: "full" is every
-            layer, "selective" the scores of attention alone.
+        activation_checkpointing: What is computed again in the backward pass instead of being kept (Chen et al. 2016,
+            arXiv:1604.06174): "full" is all of every layer, "selective" only what is cheap, so that the results of
+            matrix products, attention and exchanges between ranks are kept.
         deepspeed: Merged last into DeepSpeed's JSON; refused where it contradicts a typed setting.
     """
 
@@ -183,6 +185,10 @@ class Stage(Choice):
         """
         return iter(())
 
+    def identity(self, run: Run) -> Mapping[str, Any]:
+        """Return what the output depends on beside settings and inputs, to be hashed with them."""
+        return {}
+
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
         """Return an estimate of the disk space that the output needs, given the size of all inputs."""
         return input_bytes
@@ -215,6 +221,9 @@ class Context:
         open_tracker: Opens the tracker of this artifact, given the step to continue after; `tracker` calls it once.
         should_stop: Whether somebody asked this rank to stop.
         attempt: The number of the try that this rank belongs to; 0 where no launcher counts them.
+        leave_reason: Leaves the reason of a failure where the launcher finds it.
+        beat: Says that this rank begins a phase of its work, and of which step; null is the same step as before. All
+            ranks of a group go through the same phases.
     """
 
     task: str
@@ -225,6 +234,8 @@ class Context:
     open_tracker: Callable[[int], Tracker] = lambda after_step: Tracker()
     should_stop: Callable[[], bool] = lambda: False
     attempt: int = 0
+    leave_reason: Callable[[PipelineError], None] = lambda error: None
+    beat: Callable[[str, int | None], None] = lambda phase, step: None
     output: Output = field(init=False)
     _tracker: Tracker | None = None
 

@@ -21,7 +21,7 @@ from pipeline.errors import ArtifactError, PipelineError
 from pipeline.launch import AnyRun
 from pipeline.launch.local import leave_reason
 from pipeline.settings import Settings, decode, encode
-from pipeline.stage import PARTIAL, Context, read_outputs
+from pipeline.stage import HEARTBEATS, PARTIAL, Context, read_outputs
 from pipeline.stages import AnyStage
 from pipeline.track import AnyTracker, open_tracker
 
@@ -65,6 +65,7 @@ def context(task: FrozenTask, ranks: Ranks) -> Context:
         settings=task.run,
         ranks=ranks,
         attempt=int(os.environ.get(ATTEMPT, "0")),
+        leave_reason=lambda error: leave_reason(directory, ranks.rank, error),
         open_tracker=lambda step: open_tracker(task.tracker, directory, run_id, title, encode(task.stage), step),
     )
 
@@ -113,7 +114,7 @@ def publish(task: FrozenTask, seconds: float, num_ranks: int) -> Manifest:
         ),
     )
     write_manifest(ctx.directory, manifest)
-    for notes in ("units", "ranks", PARTIAL):
+    for notes in ("units", "ranks", HEARTBEATS, PARTIAL):
         shutil.rmtree(ctx.directory / WORK / notes, ignore_errors=True)
     return manifest
 

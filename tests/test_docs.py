@@ -63,6 +63,11 @@ def test_the_settings_of_pretraining_decode(block):
     assert list(stage.check({}, Local())) == []
 
 
+@pytest.mark.parametrize("block", re.findall(r"```yaml run\n(.+?)```", DOCS, re.DOTALL))
+def test_how_it_runs_decodes(block):
+    assert decode(Local, {"kind": "local", **plain(block)}) != Local()
+
+
 @pytest.mark.parametrize("block", re.findall(r"```yaml tasks\n(.+?)```", DOCS, re.DOTALL))
 def test_the_tasks_of_the_documents_decode(block):
     for name, settings in plain(block).items():

@@ -25,7 +25,7 @@ NEIGHBOURS = {"text", "models", "parallel"}
 DOORS = {
     "hydra": {"compose"},
     "omegaconf": {"compose"},
-    "deepspeed": {"parallel.engine", "training.checkpoint"},
+    "deepspeed": {"parallel.engine", "parallel.gathering"},
     "wandb": {"track"},
     "datasets": {"text.readers"},
     "pyarrow": {"text.arrow", "text.token_parts"},

@@ -73,11 +73,12 @@ class Router(nn.Module):
 
     def _record(self, load_E: Tensor, real_BT: Tensor, assignments: Tensor, dropped: Tensor) -> None:
         counts = torch.cat([load_E, torch.stack([real_BT.sum(), assignments, dropped])])
-        self.counts = counts if self.counts is None else self.counts + counts
+        before = torch.zeros_like(counts) if self.counts is None else self.counts  # an addition each time: what is
+        self.counts = before + counts  # done again in the backward pass must be the same operations
 
     def _record_entropy(self, share_BTE: Tensor, real_BT: Tensor) -> None:
         entropy = torch.special.entr(share_BTE.detach()).sum(-1).where(real_BT, 0.0).sum()
-        self.entropy = entropy if self.entropy is None else self.entropy + entropy
+        self.entropy = (torch.zeros_like(entropy) if self.entropy is None else self.entropy) + entropy
 
 
 class LearnedRouter(Router):

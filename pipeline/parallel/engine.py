@@ -181,6 +181,8 @@ def process_group(tensor: int = 1, timeout: timedelta = GROUP_TIMEOUT, at: str |
         if not torch.cuda.is_available():
             # Note: else DeepSpeed compiles an operator that only inference needs: a minute, and a compiler
             deepspeed.ops.__compatible_ops__ = {}
+        else:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         ranks = {} if at is None else {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
         deepspeed.init_distributed(timeout=timeout, verbose=False, init_method=at, **ranks)
         try:
@@ -217,10 +219,27 @@ def build_engine(
             raise
         reason = " ".join(str(error).split())
         raise ConfigError(f"run.parallel.deepspeed: DeepSpeed does not take it: {reason}") from error
+    if settings.zero == 3:
+        _add_bias_apart()
     engine.gate = Gate(engine, optimizer, settings.clip_norm)
     if hasattr(optimizer, "layouts"):
         optimizer.layouts = flat_partitions(engine)
     return engine
+
+
+def _add_bias_apart() -> None:
+    """Make linear layers add their bias to a copy.
+
+    Note: under ZeRO stage 3 DeepSpeed replaces torch's `linear` for good by one that adds the bias in place, to what
+    selective activation checkpointing may have kept: there it would be added twice.
+    """
+    import torch.nn.functional as F
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    if F.linear is zero3_linear_wrap:
+        F.linear = lambda x, weight, bias=None: (  # type: ignore[assignment]
+            zero3_linear_wrap(x, weight) if bias is None else zero3_linear_wrap(x, weight) + bias
+        )
 
 
 def _check_device(precision: Precision) -> None:
@@ -275,51 +294,3 @@ def refresh_weights(engine: Any) -> None:
     for index in range(len(zero.fp32_partitioned_groups_flat)):
         zero._reassign_or_swap_out_partitioned_parameters(index)
     zero.checkpoint_event_epilogue()
-
-
-def full_weights(engine: Any, mesh: Mesh) -> dict[str, "torch.Tensor"]:
-    """Return a copy of all weights in fp32 (the master copies where training was in less) on rank 0, else nothing.
-
-    They are brought together one by one, so that a device holds one whole weight more than in training. Buffers that
-    belong to the model are among them, as they are. Every rank must come here.
-    """
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        whole = _gather(_data_whole(engine, parameter), parameter, mesh)
-        if mesh.rank == 0:
-            weights[name] = whole.to("cpu", _kept(whole.dtype), copy=True)
-    if mesh.rank != 0:
-        return {}
-    buffers = {name: state for name, state in engine.module.state_dict().items() if name not in weights}
-    return weights | {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
-
-
-def _kept(dtype: "torch.dtype") -> "torch.dtype":
-    import torch
-
-    return dtype if dtype == torch.float64 else torch.float32
-
-
-def _data_whole(engine: Any, parameter: Any) -> "torch.Tensor":
-    """Return what the data-parallel ranks hold of a parameter together."""
-    from deepspeed.runtime.zero import GatheredParameters
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    if engine.zero_optimization() and parameter.requires_grad:
-        master: torch.Tensor = safe_get_full_fp32_param(parameter)
-        return master.detach()
-    with GatheredParameters(parameter, enabled=hasattr(parameter, "ds_id")):  # stage 3 cuts frozen ones too
-        held: torch.Tensor = parameter.detach().clone()
-    return held
-
-
-def _gather(held: "torch.Tensor", parameter: Any, mesh: Mesh) -> "torch.Tensor":
-    """Return on rank 0 the whole of a parameter that tensor-parallel ranks may share; on the others, anything."""
-    import torch
-    import torch.distributed as dist
-
-    if mesh.data_rank != 0 or not getattr(parameter, "tensor_model_parallel", False):
-        return held
-    slices = [torch.empty_like(held) for _ in range(mesh.tensor)] if mesh.tensor_rank == 0 else None
-    dist.gather(held.contiguous(), slices, dst=0, group=mesh.tensor_group)
-    return held if slices is None else torch.cat(slices, dim=parameter.partition_dim)

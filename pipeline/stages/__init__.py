@@ -12,6 +12,7 @@ from pipeline.stages.finetune import Finetune
 from pipeline.stages.generate import Generate
 from pipeline.stages.import_tokenizer import ImportTokenizer
 from pipeline.stages.pretrain import Pretrain
+from pipeline.stages.prove import Prove
 from pipeline.stages.report import Report
 from pipeline.stages.shard import Shard
 from pipeline.stages.tokenize import Tokenize
@@ -29,6 +30,7 @@ AnyStage = Annotated[
     | Evaluate
     | Generate
     | Export
+    | Prove
     | Report,
     Field(discriminator="kind"),
 ]

@@ -10,20 +10,22 @@ from pipeline.errors import ArtifactError, ConfigError
 from pipeline.parallel.engine import Precision
 from pipeline.settings import Input, Source
 from pipeline.stage import CHECKPOINTS, Context, Run, Stage, Stats
-from pipeline.stages.loading import load_language_model, planned_model
-from pipeline.stages.preparing import check_engine
+from pipeline.stages.engine_checks import check_engine
+from pipeline.stages.loading import open_language_model, planned_model
+from pipeline.stages.preparing import give_weights
+from pipeline.stages.writing import write_model
 from pipeline.text.tokenizers import TOKENIZER
+from pipeline.training.guard import Guard
 from pipeline.training.optim import AdamW, AnyOptimizer
 from pipeline.training.schedule import AnySchedule, Cosine
 
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.artifact import Artifact
     from pipeline.models.classifier import Classifier
     from pipeline.parallel.mesh import BatchShape, Mesh
-    from pipeline.training.loop import Trained
     from pipeline.training.step import Batch
+    from pipeline.training.trainee import Trained
 
 
 class Finetune(Stage):
@@ -39,6 +41,7 @@ class Finetune(Stage):
         seq_len: Tokens of a text that are read; what is longer is cut.
         batch_examples: Texts of one optimizer step, over all ranks.
         epochs: Passes over the training texts.
+        guard: What is done about steps that go wrong.
     """
 
     version: ClassVar[int] = 2
@@ -60,6 +63,7 @@ class Finetune(Stage):
     schedule: AnySchedule = Cosine(warmup_fraction=0.1)
     clip_norm: float | None = Field(default=1.0, gt=0)
     precision: Precision = "fp32"
+    guard: Guard = Guard()
     seed: int = Field(default=0, ge=0)
 
     def check(self, upstream: Mapping[str, Stage], run: Run) -> Iterator[tuple[str, str]]:
@@ -69,7 +73,7 @@ class Finetune(Stage):
             yield "seq_len", f"{self.seq_len} is longer than the model's max_seq_len of {model.max_seq_len}"
         yield from refuse_classifier(upstream)
         yield from self.optimizer.check(run)
-        yield from check_engine(self.batch_examples, "batch_examples", self, run)
+        yield from check_engine(self.batch_examples, "batch_examples", self, run, model, [self.seq_len])
 
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
         """Weights once, and weights with two moments for every checkpoint of both trainings; the input is the model."""
@@ -85,11 +89,12 @@ class Finetune(Stage):
 
     def run(self, ctx: Context) -> None:
         """Train both classifiers one after the other; rank 0 writes the fine-tuned one."""
-        from pipeline.parallel.engine import full_weights, process_group
+        from pipeline.parallel.gathering import full_weights
+        from pipeline.training.loop import joined
 
         examples = self._read(ctx)
         steps = -(-len(examples.train) * self.epochs // self.batch_examples)
-        with process_group() as mesh:
+        with joined(ctx) as mesh:
             scores: dict[str, float] = {}
             if self.baseline:
                 trained = self._train(ctx, mesh, examples, steps, pretrained=False)
@@ -98,7 +103,7 @@ class Finetune(Stage):
             trained = self._train(ctx, mesh, examples, steps, pretrained=True)
             scores |= self._test(trained, examples)
             with trained.evaluated():
-                weights = full_weights(trained.engine)
+                weights = full_weights(trained.engine, mesh)
         if ctx.rank == 0:
             self._write(ctx, trained.engine.module, weights)
             ctx.output.stats |= {
@@ -128,10 +133,13 @@ class Finetune(Stage):
         return Examples(splits["train"], splits["valid"], splits["test"], labels)
 
     def _train(self, ctx: Context, mesh: "Mesh", examples: "Examples", steps: int, pretrained: bool) -> "Trained":
+        from pipeline.models.files import CONFIG_FILE, describe_model
         from pipeline.models.initial import lr_scales
-        from pipeline.training.loop import Recipe, Trainee, train
+        from pipeline.training.loop import train
+        from pipeline.training.trainee import Recipe, Trainee
 
-        model = self._build(ctx.inputs["model"], examples.labels, pretrained)
+        model = self._build(ctx, mesh, examples.labels, pretrained)
+        config = model.trunk.config
         name = "finetune" if pretrained else "baseline"
         recipe = Recipe.of(self, steps=steps, batch_rows=self.batch_examples, validate_every_steps=None)
         trainee = Trainee(
@@ -139,26 +147,43 @@ class Finetune(Stage):
             feed=lambda step, rank, shape: self._feed(examples, step, rank, shape),
             validate=lambda module: _scores(module, examples.valid, examples.labels, "valid"),
             checkpoints=ctx.directory / CHECKPOINTS / name,
-            lr_scales=lr_scales(model, model.trunk.config),
-            prefix=f"{name}/",
+            lr_scales=lr_scales(model, config),
+            name=name,
+            files={
+                CONFIG_FILE: describe_model(config, examples.labels),
+                TOKENIZER: ctx.inputs["model"].file(TOKENIZER),
+            },
+            about={"precision": self.precision},
+            num_params=config.num_params() + len(examples.labels) * (config.d_model + 1),
             label=f"{name} ({2 if pretrained else 1} of 2) " if self.baseline else "",
             first_step=steps if pretrained and self.baseline else 0,
         )
         return train(ctx, mesh, recipe, trainee)
 
-    def _build(self, source: "Artifact", labels: Sequence[str], pretrained: bool) -> "Classifier":
+    def _build(self, ctx: Context, mesh: "Mesh", labels: Sequence[str], pretrained: bool) -> "Classifier":
+        """Return this rank's part of a classifier with its first weights."""
+        import torch
+
         from pipeline.models.classifier import Classifier
-        from pipeline.models.initial import init_weights
+        from pipeline.models.initial import first_weight
         from pipeline.models.transformer import Transformer
 
-        trunk = load_language_model(source)
-        if self.seq_len > trunk.config.max_seq_len:
-            raise ConfigError(f"seq_len: {self.seq_len} is longer than the model's {trunk.config.max_seq_len}")
-        model = Classifier(Transformer(trunk.config), len(labels), labels)
-        init_weights(model, self.seed)
+        source, found = open_language_model(ctx.inputs["model"])
+        config = source.config
+        if self.seq_len > config.max_seq_len:
+            raise ConfigError(f"seq_len: {self.seq_len} is longer than the model's {config.max_seq_len}")
+        with torch.device("meta"):
+            model = Classifier(Transformer(config), len(labels), labels)
         if pretrained:
-            model.trunk.load_state_dict(trunk.state_dict())
             model.trunk.requires_grad_(self.trunk == "full")
+
+        def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+            inside = name.removeprefix("trunk.")
+            if pretrained and inside != name:
+                return found[inside].to(torch.float32, copy=True)  # which may be the file itself, in memory
+            return first_weight(config, name, shape, self.seed)
+
+        give_weights(model, value, self.precision, ctx, mesh)
         return model
 
     def _feed(self, examples: "Examples", step: int, rank: int, shape: "BatchShape") -> "Batch":
@@ -183,7 +208,6 @@ class Finetune(Stage):
 
     def _write(self, ctx: Context, model: "Classifier", weights: "Mapping[str, torch.Tensor]") -> None:
         from pipeline.models.saved import save_model
-        from pipeline.training.loop import write_model
 
         tokenizer = ctx.inputs["model"].file(TOKENIZER)
         write_model(ctx, tokenizer, lambda directory: save_model(directory, model, weights))

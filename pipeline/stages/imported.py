@@ -1,4 +1,6 @@
-"""Models in Hugging Face's layout as inputs: a directory that others made is adopted as an artifact of kind "model".
+"""Models that are no artifacts as inputs: a directory that others made is adopted as an artifact of kind "model".
+
+It is in Hugging Face's layout; what a checkpoint of ours holds is made a model by `stages.from_checkpoint`.
 
 The artifact is `<root>/cache/<name>-<fingerprint>/`, with a manifest and links to the files of that directory, in which
 nothing is written. Its fingerprint is that of their content: a directory that changes is another input, and a task that
@@ -30,7 +32,9 @@ from pipeline.proof import PROVEN, Proofs
 from pipeline.remote import CACHE, is_url, open_anywhere
 from pipeline.settings import encode, fingerprint
 from pipeline.stage import Context, Stage
+from pipeline.stages.from_checkpoint import adopt_checkpoint
 from pipeline.text.tokenizers import TOKENIZER, load
+from pipeline.training.checkpoints.format import is_checkpoint
 
 # Where a directory may say which token ends a text, the first that does; the second is how BERT calls it.
 ID_FILES, ID_SETTINGS = (CONFIG_FILE, "generation_config.json"), ("eos_token_id", "sep_token_id")
@@ -59,13 +63,16 @@ class Imported(Stage):
     def verify(self, artifact: Artifact, inputs: Mapping[str, Artifact]) -> Iterator[str]:
         """Load the model, which looks for every weight; a problem is an ArtifactError."""
         from pipeline.models.hf.load import import_hf
+        from pipeline.models.saved import load_model
 
-        import_hf(artifact.path)
+        (import_hf if is_theirs(artifact.path) else load_model)(artifact.path)
         yield from ()
 
 
 def open_input(place: str, root: Path, *kinds: str, where: str = "", whole: bool = True) -> Artifact:
-    """Open an artifact as `open_anywhere` does, or where a model will do a local directory in Hugging Face's layout.
+    """Open an artifact as `open_anywhere` does, or where a model will do what can be made one.
+
+    That is a local directory in Hugging Face's layout, or a checkpoint of a training of ours.
 
     Raises:
         ArtifactError: As `open_anywhere`, or if the directory lacks something, or our settings cannot describe it.
@@ -74,7 +81,8 @@ def open_input(place: str, root: Path, *kinds: str, where: str = "", whole: bool
     path = Path(place)
     if not is_url(place) and _can_be_adopted(path, kinds):
         try:
-            place = str(adopt(path.resolve(), root / CACHE))
+            make = adopt_checkpoint if is_checkpoint(path) else adopt
+            place = str(make(path.resolve(), root / CACHE))
         except ArtifactError as error:
             lines = str(error).splitlines()
             raise ArtifactError("\n".join(f"{where}: {line}" if where else line for line in lines)) from None
@@ -82,11 +90,11 @@ def open_input(place: str, root: Path, *kinds: str, where: str = "", whole: bool
 
 
 def _can_be_adopted(path: Path, kinds: tuple[str, ...]) -> bool:
-    """Return whether a directory is a model of others; an export of ours is one too where a model is wanted."""
+    """Return whether a directory is a checkpoint, or a model of others; so is our export, where a model is wanted."""
     complete = (path / MANIFEST).is_file()
     if (kinds and "model" not in kinds) or (not complete and (path / WORK).is_dir()) or (complete and not kinds):
         return False
-    return is_theirs(path)
+    return is_theirs(path) or is_checkpoint(path)
 
 
 def adopt(directory: Path, cache: Path) -> Path:
@@ -120,7 +128,7 @@ def adopt(directory: Path, cache: Path) -> Path:
             inputs={},
             files=records,
             stats=stats,
-            made=_made(time.monotonic() - began),
+            made=made_now(time.monotonic() - began),
         )
         target = cache / f"{name}-{identity}"
         _complete(target, manifest, files, Path(scratch))
@@ -250,7 +258,8 @@ def _read_object(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _made(seconds: float) -> Made:
+def made_now(seconds: float) -> Made:
+    """Say when and where an artifact was made that no task makes."""
     return Made(
         version=pipeline.__version__,
         commit=None,

@@ -13,6 +13,7 @@ from pipeline.models.transfer import describe_misfits, misfits
 from pipeline.parallel.engine import Precision
 from pipeline.settings import Input
 from pipeline.stage import CHECKPOINTS, Context, Run, Stage, Stats, TaskName
+from pipeline.stages.engine_checks import check_engine
 from pipeline.stages.finetune import refuse_classifier
 from pipeline.stages.loading import check_tokenizer, planned_model
 from pipeline.stages.preparing import (
@@ -20,7 +21,6 @@ from pipeline.stages.preparing import (
     TEACHER,
     Question,
     build_model,
-    check_engine,
     check_special_tokens,
     coefficients,
     describe,
@@ -29,10 +29,13 @@ from pipeline.stages.preparing import (
     settle_model,
 )
 from pipeline.stages.tokenize import Tokenize
+from pipeline.stages.writing import write_model
 from pipeline.text.mixture import AnyMixture, Temperature, check_names
 from pipeline.text.packing import AnyPacking, Contiguous, WarmUp, check_warmup
 from pipeline.text.tokenizers import TOKENIZER
 from pipeline.training.averaging import AnyAverage
+from pipeline.training.checkpoints.retention import checkpoint_bytes, most_at_once
+from pipeline.training.guard import Guard
 from pipeline.training.objectives import AnyObjective, Causal
 from pipeline.training.optim import AnyOptimizer, Muon
 from pipeline.training.schedule import AnySchedule, Linear
@@ -43,8 +46,8 @@ if TYPE_CHECKING:
     from pipeline.models.transformer import Transformer
     from pipeline.parallel.mesh import Mesh
     from pipeline.text.loader import Loader
-    from pipeline.training.loop import Trained
     from pipeline.training.objectives.batch import Examples
+    from pipeline.training.trainee import Trained
     from pipeline.training.validation import Validation
 
 
@@ -74,6 +77,7 @@ class Pretrain(Stage):
             training only.
         average: An average of the weights to validate with and to keep; null takes the last weights.
         clip_norm: Largest global gradient norm; null does not clip.
+        guard: What is done about steps whose loss or gradient is far off.
         validation_sequences: How many held-out sequences of each source a validation during training looks at; the
             validation loss is the mean over all their tokens.
         validate_every_steps: Steps between two validations; null validates at the end only.
@@ -103,6 +107,7 @@ class Pretrain(Stage):
     average: AnyAverage | None = None
     clip_norm: float | None = Field(default=1.0, gt=0)
     precision: Precision = "fp32"
+    guard: Guard = Guard()
     validation_sequences: int = Field(default=64, ge=1)
     validate_every_steps: int | None = Field(default=100, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -118,7 +123,7 @@ class Pretrain(Stage):
         if self.batch_tokens % self.seq_len:
             yield "batch_tokens", f"{self.batch_tokens} does not divide into sequences of {self.seq_len} tokens"
             return
-        yield from check_engine(self.batch_rows, "batch_tokens", self, run)
+        yield from check_engine(self.batch_rows, "batch_tokens", self, run, self.planned_model, self.lengths)
 
     def _check_tokens(self, upstream: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
         makers = [upstream[field] for field in self.sources.values() if field in upstream]
@@ -175,6 +180,11 @@ class Pretrain(Stage):
         return Question(self.objective, self.seq_len, self.document_mask)
 
     @property
+    def lengths(self) -> list[int]:
+        """How long the sequences are that a model reads, and those that its decoder reads if it is another one."""
+        return [self.seq_len, *(part.seq_len for part in self.seq_len_warmup), self.objective.target_len(self.seq_len)]
+
+    @property
     def batch_rows(self) -> int:
         """Sequences of one batch."""
         return self.batch_tokens // self.seq_len
@@ -195,8 +205,8 @@ class Pretrain(Stage):
         if model is None:
             return 0
         params = model.model_copy(update={"vocab_size": model.vocab_size or 2**16}).num_params()
-        copies = 2 + self.optimizer.state_copies + (self.average.state_copies if self.average else 0)
-        return 4 * params * (1 + copies * (run.checkpoints.keep + 1))
+        copies = self.optimizer.state_copies + (self.average.state_copies if self.average else 0)
+        return 4 * params + most_at_once(run.checkpoints, self.steps) * checkpoint_bytes(params, copies)
 
     @classmethod
     def headline(cls, stats: Stats) -> tuple[str, str]:
@@ -208,7 +218,8 @@ class Pretrain(Stage):
 
     def run(self, ctx: Context) -> None:
         """Train; rank 0 writes the model, its tokenizer and its metrics."""
-        from pipeline.parallel.engine import full_weights, process_group
+        from pipeline.parallel.gathering import full_weights
+        from pipeline.training.loop import joined
         from pipeline.training.validation import SEED, Validation
 
         tokens = {name: ctx.inputs[setting] for name, setting in self.sources.items()}
@@ -216,18 +227,22 @@ class Pretrain(Stage):
         try:
             config = settle_model(self, ctx.inputs, first)
             loader = self.open_loader(tokens)
-            model = build_model(self, config, ctx)
         except ConfigError as error:
             raise ConfigError(*(f"{ctx.task}.{problem}" for problem in error.problems)) from None
         held = open_held(ctx.task, tokens)
         examples = make_examples(ctx.task, self.question, self.seed, first, config)
-        validation = Validation(held, replace(examples, seed=SEED), self.validation_sequences)
+        beat = lambda: ctx.beat("validate", None)  # noqa: E731
+        validation = Validation(held, replace(examples, seed=SEED), self.validation_sequences, beat)
         for line in describe(self, loader, held):
             ctx.log(line)
-        with process_group() as mesh:
+        with joined(ctx) as mesh:
+            try:
+                model = build_model(self, config, ctx, mesh)
+            except ConfigError as error:
+                raise ConfigError(*(f"{ctx.task}.{problem}" for problem in error.problems)) from None
             trained = self._train(ctx, mesh, model, loader, examples, validation)
             with trained.evaluated():
-                weights = full_weights(trained.engine)
+                weights = full_weights(trained.engine, mesh)
         if ctx.rank == 0:
             self._write(ctx, config, weights, first)
             self._count(ctx, config, loader, trained, first)
@@ -266,20 +281,29 @@ class Pretrain(Stage):
         examples: "Examples",
         validation: "Validation",
     ) -> "Trained":
+        from pipeline.models.files import CONFIG_FILE, describe_model
         from pipeline.models.initial import lr_scales
-        from pipeline.models.moe import after_step
+        from pipeline.models.moe import after_step, forget_step
         from pipeline.training.feed import read_batch
-        from pipeline.training.loop import Recipe, Trainee, train
+        from pipeline.training.ledger import pieces
+        from pipeline.training.loop import train
+        from pipeline.training.trainee import Recipe, Trainee
 
+        tokens = ctx.inputs[next(iter(self.sources.values()))]
         trainee = Trainee(
             model=model,
             feed=lambda step, rank, shape: read_batch(examples, loader, step, rank, shape),
             validate=lambda module: validation.run(module, mesh),
             checkpoints=ctx.directory / CHECKPOINTS,
+            files={CONFIG_FILE: describe_model(model.config), TOKENIZER: tokens.file(TOKENIZER)},
+            about={"precision": self.precision, "end_of_text_id": tokens.stats["end_of_text_id"]},
+            num_params=model.config.num_params(),
             coefficients=coefficients(self.objective, model.config),
             term_names=self.objective.term_names,
             lr_scales=lr_scales(model, model.config),
             after_step=lambda module: after_step(module, mesh.data_group),
+            forget_step=forget_step,
+            documents=lambda step: pieces(loader, step),
         )
         return train(ctx, mesh, Recipe.of(self, batch_rows=self.batch_rows), trainee)
 
@@ -288,7 +312,6 @@ class Pretrain(Stage):
 
         from pipeline.models.saved import save_model
         from pipeline.models.transformer import Transformer
-        from pipeline.training.loop import write_model
 
         with torch.device("meta"):  # only its settings matter
             model = Transformer(config)

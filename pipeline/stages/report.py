@@ -49,7 +49,7 @@ class Report(Stage):
         entries = []
         for name, artifact in artifacts.items():
             amount, result = _headline(artifact)
-            drawn = (_lengths(artifact), _vocabulary(artifact), _samples(artifact))
+            drawn = (_lengths(artifact), _vocabulary(artifact), _samples(artifact), _certificate(artifact))
             entries.append(Entry(name, artifact, amount, result, *drawn))
         page = render(self.title, entries).encode()
         with ctx.output.write(PAGE) as path:
@@ -108,3 +108,13 @@ def _samples(artifact: Artifact) -> list[dict[str, Any]]:
         return []
     text = artifact.file(SAMPLES).read_text(encoding="utf-8")
     return [json.loads(row) for row in text.split("\n") if row]  # not splitlines, which also cuts at U+2028
+
+
+def _certificate(artifact: Artifact) -> dict[str, Any]:
+    """Return what a certificate says."""
+    from pipeline.stages.prove import CERTIFICATE
+
+    if CERTIFICATE not in artifact.manifest.files:
+        return {}
+    found: dict[str, Any] = json.loads(artifact.file(CERTIFICATE).read_text(encoding="utf-8"))
+    return found

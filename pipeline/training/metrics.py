@@ -1,7 +1,7 @@
 """Numbers that say how good a model is: its losses over held-out text, accuracy and F1 of a classifier."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
@@ -72,6 +72,7 @@ def score(
     examples: Examples,
     windows: Sequence[int | None] | None = None,
     rows: int = FED_ROWS,
+    beat: Callable[[], None] = lambda: None,
 ) -> Score:
     """Return the losses of `model` on a stream of documents, cut into windows that become examples as in training.
 
@@ -83,6 +84,7 @@ def score(
         windows: Which windows to score, by number; all if null. A None at the end is not scored, but lets ranks that
             share the work call the model equally often.
         rows: Windows that the model is fed at once.
+        beat: Called before each of these.
     """
     import torch
 
@@ -93,6 +95,7 @@ def score(
     found = Score()
     with torch.inference_mode():
         for first in range(0, len(chosen), rows):
+            beat()
             asked = [number for number in chosen[first : first + rows] if number is not None]
             example = _make(stream, examples, asked or [0])
             losses = model(**{name: torch.from_numpy(array).to(device) for name, array in example.items()})

@@ -99,6 +99,13 @@ def take_step(
     return Step(means, loss, engine.gate.grad_norm, tokens, engine.gate.updated)
 
 
+def seed_step(seed: int, step: int, data_rank: int) -> None:
+    """Make the random numbers of a step a function of these three: nothing to save, and the same after a resume."""
+    import torch
+
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + data_rank) % 2**63)
+
+
 def _numbers(scalars: Mapping[str, "torch.Tensor"]) -> list[float]:
     """Return the values of scalars on a device, fetched at once."""
     import torch

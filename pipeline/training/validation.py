@@ -1,7 +1,7 @@
 """Validation while a language model trains: its losses on held-out text of every source, shared among the ranks."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,12 +26,14 @@ class Validation:
     Attributes:
         held: The held-out documents of every source that has any.
         examples: Makes the examples.
+        beat: Called now and then, equally often on every rank.
         sequences: How many windows of each source are looked at, spread evenly over its stream.
     """
 
     held: "Mapping[str, TokenStream]"
     examples: "Examples"
     sequences: int
+    beat: Callable[[], None] = lambda: None
 
     def run(self, module: "torch.nn.Module", mesh: "Mesh") -> dict[str, float]:
         """Return the losses by name, the same on every rank.
@@ -62,7 +64,8 @@ class Validation:
         count = min(self.sequences, total)
         windows: list[int | None] = [i * total // count for i in range(count)]
         windows += [None] * (-count % mesh.data)
-        return _sum(score(module, stream, self.examples, windows[mesh.data_rank :: mesh.data]), module, mesh)
+        mine = windows[mesh.data_rank :: mesh.data]
+        return _sum(score(module, stream, self.examples, mine, beat=self.beat), module, mesh)
 
 
 def name_terms(objective: Objective, found: Score, only: Collection[str] | None = None) -> dict[str, float]:

@@ -20,7 +20,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from pipeline.parallel import fp8
-from pipeline.parallel.engine import EngineSettings, build_engine, full_weights, process_group
+from pipeline.parallel.engine import EngineSettings, build_engine, process_group
+from pipeline.parallel.gathering import full_weights
 from pipeline.parallel.mesh import shape_batch
 from pipeline.training.step import Batch, take_step
 

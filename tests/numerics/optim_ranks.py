@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.parallel.engine import EngineSettings, build_engine, full_weights, process_group, refresh_weights
+from pipeline.parallel.engine import EngineSettings, build_engine, process_group, refresh_weights
+from pipeline.parallel.gathering import full_weights
 from pipeline.parallel.mesh import shape_batch
 from pipeline.parallel.partitions import flat_partitions
 from pipeline.training.averaging import EMA, Last, evaluation_weights

@@ -16,8 +16,9 @@ from deepspeed.utils import safe_get_full_fp32_param
 from optim_ranks import fork_ranks
 from torch import nn
 
-from pipeline.parallel.engine import EngineSettings, build_engine, full_weights, process_group
+from pipeline.parallel.engine import EngineSettings, build_engine, process_group
 from pipeline.parallel.exchange import WholeMatrices
+from pipeline.parallel.gathering import full_weights
 from pipeline.parallel.mesh import Place, shape_batch
 from pipeline.training.averaging import EMA, Last, evaluation_weights
 from pipeline.training.optim import Adafactor, Muon, ScheduleFreeAdamW

@@ -17,7 +17,8 @@ from pipeline.models.initial import init_weights
 from pipeline.models.layers import Block
 from pipeline.models.transformer import Transformer
 from pipeline.models.weights import weights
-from pipeline.parallel.engine import EngineSettings, build_engine, full_weights, process_group
+from pipeline.parallel.engine import EngineSettings, build_engine, process_group
+from pipeline.parallel.gathering import full_weights
 from pipeline.parallel.mesh import shape_batch
 from pipeline.parallel.recompute import recompute
 from pipeline.parallel.tensor import split
