@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,18 +102,24 @@ class Writing:
 
     def _run(self) -> None:
         try:
-            try:
-                self._snapshot.take(self._holdings())
-            finally:
-                self.copied.set()
-            self._unfinished.mkdir(parents=True, exist_ok=True)
-            part = write_part(self._unfinished, self._snapshot, self._rank, self.index.ranks.world)
+            self._snapshot.begin()
+            with ThreadPoolExecutor(1) as pool:  # what is copied already is written meanwhile
+                copying = pool.submit(self._copy)
+                self._unfinished.mkdir(parents=True, exist_ok=True)
+                part = write_part(self._unfinished, self._snapshot, self._rank, self.index.ranks.world)
+            copying.result()
             write_json(self._unfinished / f"rank-{self._rank:05d}.json", encode(part))
             if self._rank == 0:
                 self._completed(self._complete())
         except BaseException as error:
             self.error = self._in_our_words(error)
             self._leave_failure(self.error)
+
+    def _copy(self) -> None:
+        try:
+            self._snapshot.take(self._holdings())
+        finally:
+            self.copied.set()
 
     def _complete(self) -> Index:
         """Wait for the other ranks, write the index and give the checkpoint its name."""

@@ -209,11 +209,12 @@ def join_parts(parts: Iterable[Part]) -> tuple[dict[str, FileRecord], dict[str, 
     return files, tensors
 
 
-def safetensors_header(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
+def safetensors_header(tensors: Mapping[str, tuple[str, Sequence[int], int]], multiple: int = 8) -> bytes:
     """Return what a safetensors file begins with, before the numbers of its tensors one after another.
 
     Args:
         tensors: Type in the words of safetensors, shape and bytes of each, by its key, in their order.
+        multiple: Of its length in bytes, so that the numbers lie where a processor or a disk wants them.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -221,7 +222,7 @@ def safetensors_header(tensors: Mapping[str, tuple[str, Sequence[int], int]]) ->
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + num_bytes]}
         end += num_bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that numbers lie where a processor wants them
+    text += b" " * (-(len(text) + 8) % multiple)
     return len(text).to_bytes(8, "little") + text
 
 
