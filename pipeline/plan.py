@@ -160,7 +160,8 @@ def _check(
             upstream |= {f"{name}/{inner}": tasks[one].stage for inner, one in tasks[other].needs.items()}
         for name, artifact in outside[task.name].items():
             upstream[name] = stage_of(artifact)
-        problems += [f"{task.where}.{name}: {problem}" for name, problem in task.stage.check(upstream, command.run)]
+        for name, problem in task.stage.check(upstream, command.run):
+            problems.append(problem if problem.startswith("run.") else f"{task.where}.{name}: {problem}")
     if problems:
         raise ConfigError(*problems)
 

@@ -18,7 +18,7 @@ from pipeline import errors
 from pipeline.artifact import WORK, atomic, write_json
 from pipeline.env import ATTEMPT, LAUNCHER, StopRequest, cpus
 from pipeline.errors import ArtifactError, ConfigError, LaunchError, PipelineError, Preempted
-from pipeline.stage import ATTEMPT_FILE, Run
+from pipeline.stage import ATTEMPT_FILE, HEARTBEATS, Run
 
 REDRAW = b"\r\x1b[2K"  # how a progress line begins
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -57,7 +57,12 @@ def locked(directory: Path) -> Iterator[int]:
 def begin_attempt(directory: Path) -> int:
     """Return the number of a new try at the task in `directory`; those of earlier tries may no longer write there."""
     path = directory / WORK / ATTEMPT_FILE
-    number = int(path.read_text("ascii")) + 1 if path.exists() else 1
+    try:
+        number = int(path.read_text("ascii")) + 1
+    except FileNotFoundError:
+        number = 1
+    except ValueError as error:
+        raise ArtifactError(f"{path}: damaged ({error}); delete it if nobody else works here") from None
     with atomic(path) as temporary:
         temporary.write_text(str(number), "ascii")
     return number
@@ -89,11 +94,17 @@ def launch(directory: Path, num_ranks: int, run: Run, lock: int, stop: StopReque
     stop.hand_on = lambda: _signal_all(ranks, signal.SIGTERM if len(stop.came) == 1 else signal.SIGKILL)
     if stop:
         stop.hand_on()
-    failed = _wait(ranks)
+    silence = Silence(directory, num_ranks, run.stall_timeout_s)
+    failed = _wait(ranks, silence)
     stop.hand_on = lambda: None
     if failed is None:
         return
     status = ranks[failed].returncode
+    if silence.was_too_long:
+        raise LaunchError(
+            f"{directory}: no rank gave a sign of life for {silence.limit_s:g} s, so they were ended; the same command "
+            "continues"
+        )
     reason = _left_reason(directory, failed)
     if stop and reason is None and -status in (signal.SIGTERM, signal.SIGKILL):
         raise stop.error(f"{directory}: what was done since the last checkpoint or unit will be done again")
@@ -170,8 +181,8 @@ def _terminal_width() -> str:
         return ""
 
 
-def _wait(ranks: "list[subprocess.Popen[bytes]]") -> int | None:
-    """Wait for all ranks; return the first that failed. Once one has, the others are ended."""
+def _wait(ranks: "list[subprocess.Popen[bytes]]", silence: "Silence") -> int | None:
+    """Wait for all ranks; return the first that failed. Once one has, or all are silent, the others are ended."""
     failed: int | None = None
     deadline = float("inf")
     while None in (statuses := [rank.poll() for rank in ranks]):
@@ -180,12 +191,38 @@ def _wait(ranks: "list[subprocess.Popen[bytes]]") -> int | None:
             preempted = statuses[failed] == Preempted.exit_status
             deadline = time.monotonic() + GRACE_S * (12 if preempted else 1)
             _signal_all(ranks, signal.SIGTERM)
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or silence.is_too_long():
             _signal_all(ranks, signal.SIGKILL)
         time.sleep(0.01)
     for rank in ranks:
         rank.pump.join()  # type: ignore[attr-defined]
     return _first(statuses) if failed is None and any(statuses) else failed
+
+
+class Silence:
+    """Looks now and then whether the ranks of a group still run at all; what one of them waits for they see themselves.
+
+    Where all of them are halted nobody else would notice.
+    """
+
+    def __init__(self, directory: Path, num_ranks: int, timeout_s: float) -> None:
+        self._files = [directory / WORK / HEARTBEATS / f"{rank:05d}" for rank in range(num_ranks)]
+        self.limit_s, self.was_too_long = 2 * timeout_s + 30, False
+        self._next = 0.0
+
+    def is_too_long(self) -> bool:
+        """Return whether no rank's heartbeat has been written for too long, though none has come to its end."""
+        if time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + 5
+        try:
+            if any(b'"end"' in path.read_bytes()[:128] for path in self._files):
+                return False
+            newest = max(path.stat().st_mtime for path in self._files)
+        except OSError:
+            return False
+        self.was_too_long = time.time() - newest > self.limit_s
+        return self.was_too_long
 
 
 def _first(statuses: Sequence[int | None]) -> int:
@@ -224,7 +261,8 @@ def _guessed_reason(directory: Path, rank: int, status: int) -> PipelineError:
     if status == ArtifactError.exit_status:
         return ArtifactError(f"{directory}: the disk is full; make room and run the same command again")
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
-    return LaunchError(f"{directory}: rank {rank} {how}; the same command continues; the end of {log}:\n{last}")
+    end = f"; the end of {log}:\n{last}" if last else ""
+    return LaunchError(f"{directory}: rank {rank} {how}; the same command continues{end}")
 
 
 def _free_port() -> int:

@@ -26,6 +26,7 @@ TYPED = {  # what DeepSpeed's JSON would say too, and the setting that says it h
     "amp": "precision",
     "torch_autocast": "precision",
     "data_types": "precision",
+    "communication_data_type": "precision",
     "optimizer": "optimizer",
     "scheduler": "schedule",
     "activation_checkpointing": "run.parallel.activation_checkpointing",
@@ -210,21 +211,28 @@ def build_engine(
     learning = [p for p in model.parameters() if p.requires_grad]
     config = deepspeed_json(settings)
     _check_device(settings.precision)
-    try:
+    with _explained(settings):
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=learning, config=config, mpu=mesh
         )
-    except Exception as error:
-        if not settings.extra:
-            raise
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"run.parallel.deepspeed: DeepSpeed does not take it: {reason}") from error
     if settings.zero == 3:
         _add_bias_apart()
     engine.gate = Gate(engine, optimizer, settings.clip_norm)
     if hasattr(optimizer, "layouts"):
         optimizer.layouts = flat_partitions(engine)
     return engine
+
+
+@contextmanager
+def _explained(settings: EngineSettings) -> Iterator[None]:
+    """Say of what DeepSpeed does not take that it may be what the user asked for."""
+    try:
+        yield
+    except Exception as error:
+        if not settings.extra:
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"run.parallel.deepspeed: DeepSpeed does not take it: {reason}") from error
 
 
 def _add_bias_apart() -> None:
@@ -275,7 +283,8 @@ def partitioner(settings: EngineSettings, mesh: Mesh) -> "Callable[[torch.nn.Par
             first[0].convert_to_zero_parameters(param_list=[parameter])
             return
         alone = torch.nn.ParameterList([parameter])
-        Init(module=alone, data_parallel_group=mesh.data_group, config_dict_or_path=config, mpu=mesh, dtype=dtype)
+        with _explained(settings):
+            Init(module=alone, data_parallel_group=mesh.data_group, config_dict_or_path=config, mpu=mesh, dtype=dtype)
         first.append(parameter)
 
     return cut

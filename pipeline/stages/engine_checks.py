@@ -96,6 +96,8 @@ def _run_problems(run: Run, model: AnyModel | None) -> Iterator[str]:
         )
     if run.compile and isinstance(run, Local) and not has_accelerator() and (problem := missing_compiler()):
         yield f"run.compile: {problem}"
+    if parallel.sequence and parallel.tensor == 1:
+        yield "run.parallel.sequence: the ranks of a tensor-parallel group share the positions; set run.parallel.tensor"
     if parallel.offload_dir is not None and parallel.offload != "nvme":
         found = "null" if parallel.offload is None else f"'{parallel.offload}'"
         yield f"run.parallel.offload_dir: only offload 'nvme' uses it, found offload {found}; leave it out"

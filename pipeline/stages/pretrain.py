@@ -212,6 +212,8 @@ class Pretrain(Stage):
     def headline(cls, stats: Stats) -> tuple[str, str]:
         """Return steps and tokens seen, and the held-out loss, with its terms if there are several."""
         seen = f"{stats['steps']:,} steps, {stats['tokens']:,} tokens"
+        if stats.get("passed_over"):
+            seen += f", {stats['passed_over']:,} steps passed over"
         terms = stats.get("terms", [])
         named = ", ".join(f"{name} {stats[f'validation_loss.{name}']:.3f}" for name in terms)
         return seen, f"validation loss {stats['validation_loss']:.3f}{f' ({named})' if named else ''}"
@@ -328,7 +330,8 @@ class Pretrain(Stage):
         terms = [name for name in names if f"validation_loss.{name}" in trained.validation]
         ctx.output.stats |= {
             "steps": self.steps,
-            "tokens": self.steps * self.batch_tokens,
+            "tokens": trained.tokens,
+            "passed_over": trained.passed_over,
             "parameters": config.num_params(),
             "vocab_size": config.vocab_size,
             "end_of_text_id": tokens.stats["end_of_text_id"],

@@ -34,7 +34,8 @@ class Guard(Settings):
         policy: "fail" ends the run; "skip" passes over the step; "rollback" goes back to the newest checkpoint too, and
             passes over `skip_batches` up to it, since the harm may have been done before it was seen (Chowdhery et al.
             2022, arXiv:2204.02311, section 5.1). Without a checkpoint a rollback is a skip.
-        window: Steps that a step is compared with; until there are so many, only what is not finite counts.
+        window: Steps that a step is compared with. Until there are so many a loss is compared with those that there
+            are, and the norm of the gradient, which changes much at the beginning, with none.
         threshold: Largest z-score that is let through.
         skip_batches: How many batches a rollback passes over, the bad one included, but none that is in the checkpoint;
             with 1 the weights would come back to the same bits.
@@ -89,10 +90,9 @@ class Watch:
                 return None
             return Finding(step, "the gradient is not finite", loss, grad_norm)
         norm = math.log(max(grad_norm, 1e-30))
-        if len(self._losses) == self.guard.window:
-            found = self._judge_height(step, loss, grad_norm, norm)
-            if found is not None:
-                return found
+        found = self._judge_height(step, loss, grad_norm, norm)
+        if found is not None:
+            return found
         self._losses.append(loss)
         self._norms.append(norm)
         return None
@@ -109,18 +109,25 @@ class Watch:
 
     def _judge_height(self, step: int, loss: float, grad_norm: float, norm: float) -> Finding | None:
         """Return whether a loss or the logarithm of a norm lies too high."""
+        if not self._losses:
+            return None
         middle, z = _robust_z(loss, self._losses, LOSS_FLOOR)
         if z > self.guard.threshold:
-            reason = f"the loss is {loss:.4g}, against {middle:.4g} before ({z:.0f} robust standard deviations)"
+            reason = f"the loss is {loss:.4g}, against {middle:.4g} before ({self._height(z)})"
             return Finding(step, reason, loss, grad_norm, z)
+        if len(self._norms) < self.guard.window:
+            return None
         middle, z = _robust_z(norm, self._norms, NORM_FLOOR, relative=False)
         if z > self.guard.threshold:
             reason = (
                 f"the norm of the gradient is {grad_norm:.4g}, against {math.exp(middle):.4g} before "
-                f"({z:.0f} robust standard deviations of its logarithm)"
+                f"(of its logarithm {self._height(z)})"
             )
             return Finding(step, reason, loss, grad_norm, z)
         return None
+
+    def _height(self, z: float) -> str:
+        return f"{z:.1f} robust standard deviations, where guard.threshold allows {self.guard.threshold:g}"
 
 
 def decide(guard: Guard, events: Sequence[Event], found: Finding, checkpoint: int | None, place: str = "") -> Event:
@@ -142,8 +149,7 @@ def decide(guard: Guard, events: Sequence[Event], found: Finding, checkpoint: in
     passed = {step for event in events for step in event.skipped}
     row = sum(all(step in passed for step in range(event.step + 1, kept + 1)) for event in events)
     if row >= guard.max_in_a_row:
-        noun = "rollbacks" if guard.policy == "rollback" else "skipped steps"
-        raise TrainingError(f"{what}; this after {row} {noun} in a row (guard.max_in_a_row); {_advise(found)}")
+        raise TrainingError(f"{what}; this after {row} such steps in a row (guard.max_in_a_row); {_advise(found)}")
     first = max(kept + 1, found.step - guard.skip_batches + 1) if goes_back else found.step
     return Event(
         step=found.step,
@@ -161,8 +167,8 @@ def _advise(found: Finding) -> str:
     """Return the ways out of a run that ends because of a finding."""
     higher = "" if found.z is None else "; if training is well, a higher guard.threshold lets such a step through"
     return (
-        "the checkpoints before it stay; `python -m pipeline trace` says which documents were in it; a lower "
-        f"optimizer.lr or a clip_norm often helps{higher}"
+        "`python -m pipeline trace` says which documents were in it; a lower optimizer.lr or a clip_norm often helps: "
+        f"that is another training, which may begin from a checkpoint of this one (init_from){higher}"
     )
 
 

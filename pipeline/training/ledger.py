@@ -74,6 +74,21 @@ class Ledger:
         self.events = [event for event in read_ledger(path) if event.training == training]
         self.skipped = {step for event in self.events for step in event.skipped}
 
+    def check(self, known: int) -> None:
+        """Look that no event was lost.
+
+        Args:
+            known: How many there were when the checkpoint was saved that is gone on from.
+
+        Raises:
+            ArtifactError: If there are fewer.
+        """
+        if len(self.events) < known:
+            raise ArtifactError(
+                f"{self._path}: wanted {known} events, which the newest checkpoint knows of, found {len(self.events)}; "
+                f"bring it back from a copy, or delete {self._path.parent} and train from the beginning"
+            )
+
     def record(self, event: Event, documents: Callable[[], Iterable[Piece]] = tuple) -> Event:
         """Add an event; when this returns on the rank that writes, it is durable.
 
@@ -109,7 +124,7 @@ def read_ledger(path: Path) -> list[Event]:
         text = path.read_text("utf-8")
     except FileNotFoundError:
         return []
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise _damage(path, error) from None
     *lines, rest = text.split("\n")  # not splitlines, which also cuts at U+2028
     if rest:

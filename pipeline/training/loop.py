@@ -71,13 +71,13 @@ class Training:
             attempt=str(ctx.attempt),
             fence=ctx.check_attempt,
             extras=trainee.files,
-            about=trainee.about,
+            about={**trainee.about, "optimizer": recipe.optimizer.kind},
             log=ctx.log,
             beat=lambda: ctx.beat("save", None),
         )
         self.watch = Watch(recipe.guard)
         self.ledger = Ledger(ctx.directory / LEDGER, ctx.rank == 0, trainee.name, ctx.check_attempt)
-        self.tokens, self.stop = 0, False
+        self.stop = False
 
     def run(self) -> Trained:
         """Train until the last step."""
@@ -89,6 +89,7 @@ class Training:
         self.saver.finish()
         if not validated:  # an earlier try did all steps but was ended before the end
             self._validate(step)
+        self.trained.passed_over = len(self.ledger.skipped)
         return self.trained
 
     def _compile(self) -> None:
@@ -117,7 +118,7 @@ class Training:
                 if numbers:
                     self._log(step, numbers)
                 progress.advance(1, _status(numbers))
-                if self.stop or last or self.saver.due(step, time.monotonic()):
+                if self.stop or last or (numbers and self.saver.due(step, time.monotonic())):
                     self._save(step, numbers)
                 if self.stop and not last:
                     self.saver.finish()
@@ -141,7 +142,7 @@ class Training:
         self._agree(found)
         if found is not None:
             return self._handle(found), {}
-        self.tokens += int(done.tokens)
+        self.trained.tokens += int(done.tokens)
         routed = self.trainee.after_step(self.engine.module)
         seconds = time.perf_counter() - began
         return None, {
@@ -202,6 +203,8 @@ class Training:
     def _restore(self) -> int:
         """Bring back the newest checkpoint; return the step that it is of, 0 where there is none."""
         self.ctx.beat("restore", 0)
+        how = f"{self.shape.microbatch} rows at once, {self.shape.accumulation} times a step on each"
+        self.ctx.log(f"{self.trainee.label}{self.saver.ranks}; batches of {self.shape.rows} rows, {how}")
         restored = self.saver.restore()
         average = self.recipe.average
         kept = self.recipe.optimizer.state_copies + (average.state_copies if average else 0)
@@ -215,7 +218,8 @@ class Training:
 
     def _take_up(self, restored: Restored) -> None:
         """Go on from what a checkpoint says beside the weights."""
-        self.tokens = restored.notes["tokens"]
+        self.ledger.check(restored.notes["events"])
+        self.trained.tokens = restored.notes["tokens"]
         self.watch.restore(restored.notes["guard"])
         self.trained.validation = restored.notes["validation"]
 
@@ -225,13 +229,18 @@ class Training:
         then, now = restored.ranks, self.saver.ranks
         layout = f"{now}" if then == now else f"{then} then, {now} now"
         return (
-            f"step {restored.step} of {self.recipe.steps}: {self.tokens:,} tokens, {rows:,} rows, "
+            f"step {restored.step} of {self.recipe.steps}: {self.trained.tokens:,} tokens, {rows:,} rows, "
             f"learning rate {self.recipe.rate(restored.step):.2e}; {layout}"
         )
 
     def _save(self, step: int, numbers: Mapping[str, float]) -> None:
         self.ctx.beat("save", None)
-        notes = {"tokens": self.tokens, "guard": self.watch.state(), "validation": dict(self.trained.validation)}
+        notes = {
+            "tokens": self.trained.tokens,
+            "guard": self.watch.state(),
+            "validation": dict(self.trained.validation),
+            "events": len(self.ledger.events),
+        }
         self.saver.save(step, notes, numbers.get("validation_loss"))
 
     def _agree(self, found: Finding | None = None) -> None:

@@ -101,11 +101,20 @@ class Trainee:
 
 @dataclass
 class Trained:
-    """What came out of training: the engine with the last weights, and the numbers of the last validation."""
+    """What came out of training.
+
+    Attributes:
+        engine: Has the last weights.
+        validation: The numbers of the last validation.
+        tokens: How many were learned from; those of steps that were passed over are not.
+        passed_over: How many steps the guard passed over.
+    """
 
     engine: Any
     average: AnyAverage | None = None
     validation: Mapping[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    passed_over: int = 0
 
     @contextmanager
     def evaluated(self) -> Iterator["torch.nn.Module"]:

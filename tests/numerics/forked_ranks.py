@@ -1,8 +1,8 @@
 """Starts ranks of a frozen task by forking a process that has imported everything, and kills them when told to.
 
-`python forked_ranks.py TASK.json WORLD LEDGER SECONDS…`: once for each number of seconds the ranks are started and one
-of them, chosen at random, is killed after that time, with the others behind it, as a launcher does; then they run to
-their end. LEDGER gets a line of JSON for everything that the loader reads: the rank, the step and its sample ids.
+`python forked_ranks.py TASK.json WORLD LEDGER STEP…`: once for each step the ranks are started, and one of them, chosen
+at random, is killed some moments after that step was read, with the others behind it, as a launcher does; then they run
+to their end. LEDGER gets a line of JSON for everything that the loader reads: the rank, the step and its sample ids.
 """
 
 import json
@@ -65,14 +65,27 @@ def start(task: Path, world: int, port: int, rank: int, ledger: Path) -> int:
         os._exit(status)
 
 
-def run(task: Path, world: int, ledger: Path, seconds: float | None) -> list[int]:
-    """Run the ranks, kill them after so many seconds if that is not null, and return their exit statuses."""
+def wait_for_step(ledger: Path, begin: int, step: int) -> None:
+    """Wait until a step, or a later one, was read by a rank that wrote what is in the ledger after `begin`."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        lines = ledger.read_bytes()[begin:].split(b"\n")[:-1] if ledger.exists() else []
+        if any(json.loads(line)["step"] >= step for line in lines):
+            return
+        time.sleep(0.001)
+    raise AssertionError(f"step {step} was not read")
+
+
+def run(task: Path, world: int, ledger: Path, step: int | None) -> list[int]:
+    """Run the ranks, kill them after a step if that is not null, and return their exit statuses."""
+    begin = ledger.stat().st_size if ledger.exists() else 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranks = [start(task, world, port, rank, ledger) for rank in range(world)]
-    if seconds is not None:
-        time.sleep(seconds)
+    if step is not None:
+        wait_for_step(ledger, begin, step)
+        time.sleep(random.uniform(0, 0.03))
         for rank in random.sample(ranks, world):
             os.kill(rank, signal.SIGKILL)
     return [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
@@ -81,8 +94,8 @@ def run(task: Path, world: int, ledger: Path, seconds: float | None) -> list[int
 def main() -> None:
     """Do what the command line says; end with an error if the ranks do not end well."""
     task, world, ledger = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    for seconds in map(float, sys.argv[4:]):
-        statuses = run(task, world, ledger, seconds)
+    for step in map(int, sys.argv[4:]):
+        statuses = run(task, world, ledger, step)
         print(json.dumps({"killed": all(status == -signal.SIGKILL for status in statuses)}), flush=True)
     statuses = run(task, world, ledger, None)
     print(json.dumps({"ended": statuses}), flush=True)

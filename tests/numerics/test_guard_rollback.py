@@ -208,5 +208,5 @@ def test_too_many_events_in_a_row_end_the_run(begin):
     guard = Guard(policy="rollback", window=WINDOW, skip_batches=1, max_in_a_row=3)
     run = begin("row", steps=70).go(guard, world=2, status=5, nan=[42, 43, 44, 45])
     failure = json.loads((run.directory / "work/failure-00001.json").read_text())
-    assert "step 45: the loss is nan; this after 3 rollbacks in a row (guard.max_in_a_row)" in failure["problems"][0]
+    assert "step 45: the loss is nan; this after 3 such steps in a row (guard.max_in_a_row)" in failure["problems"][0]
     assert run.skipped == [42, 43, 44]

@@ -206,7 +206,7 @@ def test_two_runs_never_write_one_directory(pretrain, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run(pretrain, tmp_path):
     done = run_pipeline(*pretrain("x", "stage.optimizer={kind:adamw,lr:1e39}", "stage.clip_norm=null"), status=5)
-    assert "the loss is nan; this after 5 rollbacks in a row" in done.stderr
+    assert "the loss is nan; this after 5 such steps in a row" in done.stderr
     assert "a lower optimizer.lr or a clip_norm often helps" in done.stderr
 
 

@@ -123,3 +123,19 @@ def test_pieces_are_those_of_the_batch():
             yield "books", [Span("c", 7, 9)]
 
     assert list(pieces(Loader(), 3)) == [("web", "a", 0, 5), ("web", "b", 0, 2), ("books", "c", 7, 9)]
+
+
+def test_a_ledger_that_has_lost_events_is_refused(path):
+    ledger = Ledger(path, writes=True)
+    ledger.check(0)
+    ledger.record(NAN)
+    ledger.check(1)
+    path.unlink()
+    with pytest.raises(ArtifactError, match="wanted 1 events, which the newest checkpoint knows of, found 0"):
+        Ledger(path, writes=True).check(1)
+
+
+def test_a_directory_in_the_place_of_the_ledger_is_refused(path):
+    path.mkdir()
+    with pytest.raises(ArtifactError, match="ledger.jsonl: damaged"):
+        Ledger(path, writes=False)

@@ -81,9 +81,14 @@ def test_a_spike_is_found_in_the_loss_and_in_the_norm_and_is_not_remembered():
     assert watch.judge(17, 1.0, 0.01) is None  # a fall is none
 
 
-def test_a_spike_is_let_through_until_the_window_is_full():
-    assert watching(steps=WINDOW - 1).judge(WINDOW, 9.0, 500.0) is None
-    assert watching().judge(WINDOW + 1, 9.0, 500.0) is not None
+def test_a_norm_is_judged_once_the_window_is_full_and_a_loss_from_the_second_step_on():
+    assert watching(steps=WINDOW - 1).judge(WINDOW, 3.0, 500.0) is None
+    assert watching().judge(WINDOW + 1, 3.0, 500.0) is not None
+    assert watching(steps=0).judge(1, 9.0, 500.0) is None
+    watch = watching(steps=0)
+    assert watch.judge(1, 8.33, 0.5) is None
+    assert "the loss is 2.683e+06, against 8.33 before" in watch.judge(2, 2682542.5, 5e7).reason
+    assert watch.judge(2, 10.0, 5.0) is None  # it may rise a little at first
 
 
 def test_the_z_score_is_that_of_the_median_and_its_absolute_deviation():
@@ -166,7 +171,7 @@ def test_a_rollback_without_a_checkpoint_is_a_skip():
 def test_skips_in_a_row_are_bounded():
     guard = Guard(policy="skip", max_in_a_row=2)
     assert decide(guard, [event(5), event(6)][1:], found(7), None).skipped == [7]
-    with pytest.raises(TrainingError, match="after 2 skipped steps in a row"):
+    with pytest.raises(TrainingError, match="after 2 such steps in a row"):
         decide(guard, [event(5), event(6)], found(7), None)
     assert decide(guard, [event(4), event(5)], found(7), None).skipped == [7]  # step 6 was trained
 
@@ -174,7 +179,7 @@ def test_skips_in_a_row_are_bounded():
 def test_rollbacks_in_a_row_are_bounded_until_a_checkpoint_lies_beyond():
     guard = Guard(policy="rollback", max_in_a_row=2)
     before = [event(15, "rollback", 10), event(17, "rollback", 10)]
-    with pytest.raises(TrainingError, match="after 2 rollbacks in a row"):
+    with pytest.raises(TrainingError, match="after 2 such steps in a row"):
         decide(guard, before, found(19), 10)
     assert decide(guard, before, found(25), 20).rolled_back_to == 20
     assert decide(guard, before[:1], found(19), 10).rolled_back_to == 10
@@ -183,7 +188,7 @@ def test_rollbacks_in_a_row_are_bounded_until_a_checkpoint_lies_beyond():
 def test_a_checkpoint_of_nothing_but_passed_steps_is_not_one_beyond():
     guard = Guard(policy="rollback", max_in_a_row=2)
     before = [event(11, "rollback", 10), event(12, "rollback", 11)]
-    with pytest.raises(TrainingError, match="after 2 rollbacks in a row"):
+    with pytest.raises(TrainingError, match="after 2 such steps in a row"):
         decide(guard, before, found(13), 12)
 
 

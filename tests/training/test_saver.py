@@ -386,3 +386,38 @@ def test_memory_is_used_again(tmp_path):
     places = saver._snapshot._memory.data_ptr()
     train(engine, saver, 2, 3)
     assert saver._snapshot._memory.data_ptr() == places
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(two_steps):
+    (two_steps / "step-00000002").rename(two_steps / "step-00000009")
+    _, saver = make(two_steps)
+    assert saver.restore().step == 1
+    assert (two_steps / "step-00000009.damaged").is_dir()
+
+
+def test_what_else_lies_there_is_no_checkpoint(two_steps):
+    (two_steps / "step-00000300.9.tmp").touch()
+    (two_steps / "step-\u00b2").mkdir()
+    (two_steps / "step-\u0663\u0663\u0663").mkdir()
+    (two_steps / "step-00000002.damaged").touch()
+    shutil.rmtree(two_steps / "step-00000002")
+    (two_steps / "step-00000002").mkdir()
+    _, saver = make(two_steps)
+    assert saver.restore().step == 1
+    assert not (two_steps / "step-00000300.9.tmp").exists()
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path):
+    train(*make(tmp_path / "x", every_steps=1, about={"optimizer": "adamw"}), 1, 1)
+    _, saver = make(tmp_path / "x", about={"optimizer": "lion"})
+    with pytest.raises(TrainingError, match="wanted the state of 'lion', found that of 'adamw'; move it away"):
+        saver.restore()
+
+
+def test_a_checkpoint_that_somebody_removed_does_not_end_the_training(tmp_path):
+    engine, saver = make(tmp_path / "x", every_steps=1, keep=1)
+    train(engine, saver, 1, 1)
+    shutil.rmtree(tmp_path / "x/step-00000001")
+    train(engine, saver, 2, 2)
+    saver.finish()
+    assert names(tmp_path / "x") == ["2"]

@@ -17,7 +17,7 @@ from pipeline.stage import Context
 from pipeline.training.certificate.chance import try_chance
 from pipeline.training.certificate.layouts import Layout
 from pipeline.training.certificate.trial import Trial, train_plainly, train_under
-from pipeline.training.certificate.verdict import Row, heading, judge, line
+from pipeline.training.certificate.verdict import BOUNDS, Row, heading, judge, line
 
 BF16_STEPS = 8  # at most: what is rounded so coarsely ends anywhere after many
 TIMEOUT_FACTOR = 1.5  # of the stall's timeout, which is to be the first to strike
@@ -36,7 +36,12 @@ def certify(ctx: Context, trial: Trial, layouts: Sequence[Layout], steps: int) -
     plain = train_plainly(trial, [0, *sorted(set(lengths.values()))]) if ctx.rank == 0 else {}
     width = max(len(layout.name) for layout in layouts)
     rows: list[Row] = []
+    ctx.log(f"{len(layouts)} layouts, against one process in plain torch; errors of weights: of what they learned")
+    for precision, bound in BOUNDS.items():
+        most = f"{bound.loss:.0e} in losses, {bound.grad_norm:.0e} in norms, {bound.weights:.0e} in weights"
+        ctx.log(f"{precision}: at most {most}")
     ctx.log(heading(width))
+    progress = ctx.progress(len(layouts), "layouts")
     for mesh, some in _meetings(ctx, layouts):
         for layout in some:
             _stop_if_asked(ctx, mesh)
@@ -46,6 +51,7 @@ def certify(ctx: Context, trial: Trial, layouts: Sequence[Layout], steps: int) -
             except Exception as error:
                 error.add_note(f"while training under the layout '{layout.name}'")
                 raise
+            progress.advance()
             if ctx.rank == 0:
                 seconds = time.perf_counter() - began
                 rows.append(judge(layout, trace, plain[lengths[layout]], plain[0], seconds))
@@ -53,6 +59,7 @@ def certify(ctx: Context, trial: Trial, layouts: Sequence[Layout], steps: int) -
         for row in try_chance(trial, mesh):
             rows.append(row)
             ctx.log(line(row, width))
+    progress.close()
     return rows if ctx.rank == 0 else []
 
 

@@ -6,6 +6,7 @@ and has the checksum of every file; it is written last, in a directory that gets
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -148,7 +149,7 @@ def step_directory(directory: Path, step: int) -> Path:
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Return what has the name of a complete checkpoint, the newest first."""
-    found = [path for path in directory.glob("step-*") if path.name[5:].isdigit()]
+    found = [path for path in directory.glob("step-*") if re.fullmatch("[0-9]{8,}", path.name[5:])]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 

@@ -7,14 +7,14 @@ backward pass, and the loop waits, if at all, just before the update; then the c
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import fsync
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, TrainingError
 from pipeline.parallel.mesh import Mesh
 from pipeline.parallel.partitions import flat_partitions
 from pipeline.stage import Checkpoints
@@ -198,10 +198,15 @@ class Saver:
         self.finish()
         if self._mesh.rank == 0:
             for unfinished in self._directory.glob(f"step-*{UNFINISHED}"):
-                shutil.rmtree(unfinished)
+                _remove(unfinished)
         found = self._find()
         self._newest, self._writing = found.step if found else 0, None
         if found is not None:
+            if found.about.get("optimizer") != self._about.get("optimizer"):
+                raise TrainingError(
+                    f"{step_directory(self._directory, found.step)}: wanted the state of '{self._about['optimizer']}', "
+                    f"found that of '{found.about.get('optimizer')}'; move it away"
+                )
             load(self._engine, self._layouts, self._mesh, step_directory(self._directory, found.step), found)
         if self._mesh.rank == 0:
             self._summaries = dict(self._summarize())
@@ -247,7 +252,9 @@ class Saver:
             except ArtifactError as error:
                 problem = str(error)
             (unread,) = self._mesh.sum_all([float(index is None)], self._engine.device)
-            if index is not None and not unread:
+            if index is not None and index.step != int(agreed):
+                problem = f"it is of step {index.step}"
+            elif index is not None and not unread:
                 damaged = damaged_files(path, index, self._mesh, self._engine.device, lambda count: self._beat())
                 if not damaged:
                     return index
@@ -257,7 +264,7 @@ class Saver:
 
     def _set_aside(self, checkpoint: Path, problem: str) -> None:
         aside = checkpoint.with_name(checkpoint.name + DAMAGED)
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
         checkpoint.rename(aside)
         fsync(aside.parent)
         self._log(f"checkpoint {checkpoint.name} is damaged ({problem}); it is now {aside.name}, and not used")
@@ -282,8 +289,9 @@ class Saver:
             self._destination.fence()
             path = step_directory(self._directory, step)
             unwanted = path.with_name(path.name + UNFINISHED)
-            path.rename(unwanted)  # so that a kill in the middle leaves none that looks whole
-            shutil.rmtree(unwanted)
+            with suppress(FileNotFoundError):  # somebody else has removed it
+                path.rename(unwanted)  # so that a kill in the middle leaves none that looks whole
+                shutil.rmtree(unwanted)
             del self._summaries[step]
 
     @contextmanager
@@ -297,3 +305,11 @@ class Saver:
 
 def _copied(holding: Holding) -> Holding:
     return replace(holding, states={state: numbers.clone() for state, numbers in holding.states.items()})
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, or whatever else has its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
