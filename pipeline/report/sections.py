@@ -44,7 +44,7 @@ def training(entries: Sequence[Entry]) -> Html | None:
     drawn = []
     for entry in models:
         missing = el("p", "No metrics were kept, so there are no curves.", class_="quiet")
-        drawn.append(el("div", _subtitle(entry, models), curves(entry) or missing, table(entry)))
+        drawn.append(el("div", _subtitle(entry, models), _compiled(entry), curves(entry) or missing, table(entry)))
     return join(drawn) if drawn else None
 
 
@@ -70,6 +70,17 @@ def samples(entries: Sequence[Entry]) -> Html | None:
         texts = (_sample(row) for row in entry.samples)
         drawn.append(el("div", _subtitle(entry, sampled), el("div", texts, class_="samples"), _how_sampled(entry)))
     return join(drawn) if drawn else None
+
+
+def _compiled(entry: Entry) -> Html | None:
+    """Say what compiling the layers cost and brought, of each training that did."""
+    said = []
+    for name, gain in entry.numbers.items():
+        if name.endswith("compile.gain"):
+            training, seconds = name.removesuffix("compile.gain").strip("/"), entry.numbers[f"{name[:-4]}seconds"]
+            of = f"Of {training}, the" if training else "The"
+            said.append(f"{of} layers were compiled in {seconds:.1f} s; a layer is {gain:.2f} times as fast since.")
+    return el("p", " ".join(said), class_="quiet") if said else None
 
 
 def _subtitle(entry: Entry, among: Sequence[Entry]) -> Html | None:

@@ -203,8 +203,9 @@ class Training:
     def _restore(self) -> int:
         """Bring back the newest checkpoint; return the step that it is of, 0 where there is none."""
         self.ctx.beat("restore", 0)
-        how = f"{self.shape.microbatch} rows at once, {self.shape.accumulation} times a step on each"
-        self.ctx.log(f"{self.trainee.label}{self.saver.ranks}; batches of {self.shape.rows} rows, {how}")
+        shape = self.shape
+        how = f"batches of {shape.rows} rows, {shape.accumulation} x {shape.microbatch}"
+        self.ctx.log(f"{self.trainee.label}{self.saver.ranks}; {how} on each data-parallel rank")
         restored = self.saver.restore()
         average = self.recipe.average
         kept = self.recipe.optimizer.state_copies + (average.state_copies if average else 0)

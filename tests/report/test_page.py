@@ -301,3 +301,12 @@ def test_colours_have_the_contrast_of_wcag_aa(scheme):
             assert contrast(colours[graphic], colours[ground]) >= 3, (graphic, ground)
     for ground in ("prompt", "ctl"):
         assert contrast(colours["ink"], colours[ground]) >= 4.5
+
+
+def test_what_compiling_cost_and_brought_is_said(job):
+    stats = {"parameters": 10, "tokens": 100, "compile.seconds": 12.34, "compile.gain": 1.4}
+    text = render("Run", [job.add("model", "model", {"kind": "pretrain"}, stats=stats)])
+    assert "The layers were compiled in 12.3 s; a layer is 1.40 times as fast since." in text
+    stats = {"baseline/compile.seconds": 3.0, "baseline/compile.gain": 0.9}
+    text = render("Run", [job.add("tuned", "model", {"kind": "finetune"}, stats=stats)])
+    assert "Of baseline, the layers were compiled in 3.0 s; a layer is 0.90 times as fast since." in text
