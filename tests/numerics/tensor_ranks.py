@@ -31,13 +31,8 @@ from pipeline.models.loss import TokenLoss
 from pipeline.models.saved import save_model
 from pipeline.models.transformer import Transformer, unit_of_loss
 from pipeline.models.weights import weights
-from pipeline.parallel.engine import (
-    EngineSettings,
-    build_engine,
-    full_weights,
-    partitioner,
-    process_group,
-)
+from pipeline.parallel.engine import EngineSettings, build_engine, partitioner, process_group
+from pipeline.parallel.gathering import full_weights
 from pipeline.parallel.mesh import shape_batch
 from pipeline.parallel.recompute import recompute
 from pipeline.parallel.tensor import materialize, split

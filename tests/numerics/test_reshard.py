@@ -12,6 +12,7 @@ from support import PROJECT
 
 from pipeline.training.checkpoints.format import complete_checkpoints, read_index
 from pipeline.training.checkpoints.reslice import Source
+from pipeline.training.checkpoints.write import BLOCK_BYTES
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("reshard")]
 
@@ -110,9 +111,10 @@ def test_each_number_is_written_once(carried):
         total = sum(sizes[name] * len(record.squares) for name, record in index.tensors.items())
         files = {name: record.bytes for name, record in index.files.items() if name.endswith("safetensors")}
         assert len(files) == 2 * hop["world"]
-        assert 4 * total <= sum(files.values()) < 4 * total + 4000 * len(files)  # and headers
+        numbers = {name: size - BLOCK_BYTES for name, size in files.items()}  # without the header
+        assert 4 * total <= sum(numbers.values()) < 4 * total + 100 * len(files)
         if hop["zero"] != 3:  # which rounds the pieces of small parameters up
-            weights = [size for name, size in files.items() if name.startswith("weights")]
+            weights = [size for name, size in numbers.items() if name.startswith("weights")]
             assert max(weights) < 1.5 * min(weights)
 
 
