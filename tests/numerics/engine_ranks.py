@@ -6,10 +6,8 @@ steps the third is refused and the gradient of the fifth is not finite on one ra
 """
 
 import math
-import os
-import socket
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
 import deepspeed  # noqa: F401 (here, so that no rank has to)
@@ -17,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
+from forking import run_ranks
 from torch import nn
 
 from pipeline.parallel import fp8
@@ -163,30 +162,13 @@ def train(mesh, zero, dtype, precision, clip, offload=None):
     return found
 
 
-def run_rank(directory, world, tensor):
+def run_rank(directory, world, tensor, rank):
     with process_group(tensor) as mesh:
         get_accelerator().is_fp16_supported = fp8.is_supported = lambda: True  # slow here, but not wrong
         found = {name: train(mesh, *case) for name, case in CASES.items()}
         assert mesh.rank == 0 or not found["0-fp32"]["weights"]
         if mesh.rank == 0:
             torch.save(found, directory / f"{world}-{tensor}.pt")
-
-
-def start(rank, world, tensor, port, directory):
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        torch.set_num_threads(1)
-        run_rank(directory, world, tensor)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
 
 
 def main():
@@ -198,12 +180,7 @@ def main():
             found = {name: train_alone(dtype, clip) for name, (_, dtype, _, clip, *_) in CASES.items()}
             torch.save(found, directory / f"{layout}.pt")
             continue
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        ranks = [start(rank, world, tensor, port, directory) for rank in range(world)]
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
-        failed |= any(statuses)
+        failed |= not run_ranks(world, partial(run_rank, directory, world, tensor))
     sys.exit(failed)
 
 

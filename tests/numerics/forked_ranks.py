@@ -9,17 +9,16 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed  # noqa: F401 (here, so that no rank has to)
 import numpy as np
-import torch
+from forking import start_ranks, wait_for_ranks
 
 from pipeline import worker
 from pipeline.text import loader
@@ -40,29 +39,11 @@ def keep_ledger(path: Path, rank: int) -> None:
     loader.Loader.read = reading  # type: ignore[method-assign]
 
 
-def start(task: Path, world: int, port: int, rank: int, ledger: Path) -> int:
-    """Fork one rank; return its process id."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        log = os.open(task.parent / f"forked-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        torch.set_num_threads(1)
-        keep_ledger(ledger, rank)
-        sys.argv = ["rank.py", str(task)]
-        worker.main()
-        status = 0
-    except SystemExit as error:
-        status = int(error.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+def run_rank(task: Path, ledger: Path, rank: int) -> None:
+    """Be one rank of a task."""
+    keep_ledger(ledger, rank)
+    sys.argv = ["rank.py", str(task)]
+    worker.main()
 
 
 def wait_for_step(ledger: Path, begin: int, step: int) -> None:
@@ -79,16 +60,13 @@ def wait_for_step(ledger: Path, begin: int, step: int) -> None:
 def run(task: Path, world: int, ledger: Path, step: int | None) -> list[int]:
     """Run the ranks, kill them after a step if that is not null, and return their exit statuses."""
     begin = ledger.stat().st_size if ledger.exists() else 0
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [start(task, world, port, rank, ledger) for rank in range(world)]
+    ranks = start_ranks(world, partial(run_rank, task, ledger), logs=task.parent)
     if step is not None:
         wait_for_step(ledger, begin, step)
         time.sleep(random.uniform(0, 0.03))
         for rank in random.sample(ranks, world):
             os.kill(rank, signal.SIGKILL)
-    return [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+    return wait_for_ranks(ranks)
 
 
 def main() -> None:

@@ -10,14 +10,14 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed  # noqa: F401 (here, so that no rank has to)
 import torch
+from forking import start_ranks, wait_for_ranks
 
 from pipeline import worker
 from pipeline.training import feed, loop
@@ -57,40 +57,19 @@ def poison(told: dict[str, list[int]], calls: int | None, log: Path) -> None:
     feed.read_batch, loop.take_step = reading, taking
 
 
-def start(task: Path, world: int, port: int, rank: int, told: dict[str, list[int]], calls: int | None) -> int:
-    """Fork one rank; return its process id."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        log = os.open(task.parent / f"forked-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        torch.set_num_threads(1)
-        poison(told, calls, task.parent / f"fed-{rank}.jsonl")
-        sys.argv = ["rank.py", str(task)]
-        worker.main()
-        status = 0
-    except SystemExit as error:
-        status = int(error.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+def run_rank(task: Path, told: dict[str, list[int]], calls: int | None, rank: int) -> None:
+    """Be one rank of a task."""
+    poison(told, calls, task.parent / f"fed-{rank}.jsonl")
+    sys.argv = ["rank.py", str(task)]
+    worker.main()
 
 
 def main() -> None:
     """Run the ranks to their end and print their statuses."""
     task, world, told = Path(sys.argv[1]), int(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
     calls = int(sys.argv[4]) if len(sys.argv) > 4 else None
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [start(task, world, port, rank, told, calls) for rank in range(world)]
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]), flush=True)
+    ranks = start_ranks(world, partial(run_rank, task, told, calls), logs=task.parent)
+    print(json.dumps(wait_for_ranks(ranks)), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,7 @@ the weights and the weights to evaluate of a whole training, those of one that w
 what it kept, and the number of matrices that lie on more than one rank.
 """
 
-import os
-import socket
 import sys
-import traceback
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ from pathlib import Path
 import deepspeed  # noqa: F401 (here, so that no rank has to)
 import torch
 import torch.nn.functional as F
+from forking import run_ranks
 from torch import nn
 
 from pipeline.parallel.engine import EngineSettings, build_engine, process_group, refresh_weights
@@ -157,7 +155,7 @@ def count_cut(engine):
     return sum(matrix.share(layout.rank) not in (0, matrix.bounds[-1]) for layout, matrix in found)
 
 
-def run_rank(directory, zero, precision):
+def run_rank(directory, zero, precision, rank):
     with process_group() as mesh:
         for name, (settings, average) in CASES.items():
             if precision == "bf16" and name not in ("muon", "adafactor", "ema"):
@@ -169,34 +167,6 @@ def run_rank(directory, zero, precision):
                 torch.save(found, directory / f"{name}.pt")
 
 
-def fork_ranks(world, run):
-    """Fork ranks that call `run`, and end with an error if one of them does."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [_fork_rank(rank, world, port, run) for rank in range(world)]
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
-    if any(statuses):
-        sys.exit(1)
-
-
-def _fork_rank(rank, world, port, run):
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        torch.set_num_threads(1)
-        run()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
 def main():
     root = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -206,7 +176,8 @@ def main():
     for layout in sys.argv[2:]:
         (root / layout).mkdir()
         zero, world, precision = layout.split("-")
-        fork_ranks(int(world), partial(run_rank, root / layout, int(zero), precision))
+        if not run_ranks(int(world), partial(run_rank, root / layout, int(zero), precision)):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
-from optim_ranks import fork_ranks
+from forking import run_ranks
 from torch import nn
 
 from pipeline.parallel.engine import EngineSettings, build_engine, process_group
@@ -165,7 +165,7 @@ def replicated(parameter, zero):
     return parameter.detach().clone() if zero == 0 else safe_get_full_fp32_param(parameter).clone()
 
 
-def run_rank(directory, zero, tensor, kind):
+def run_rank(directory, zero, tensor, kind, rank):
     with process_group(tensor) as mesh:
         for name, (settings, average) in CASES.items():
             torch.save(train(mesh, zero, kind, settings, average), directory / f"{name}-{mesh.rank}.pt")
@@ -183,7 +183,8 @@ def main():
     for layout in sys.argv[2:]:
         (root / layout).mkdir()
         zero, tensor, world, kind = layout.split("-")
-        fork_ranks(int(world), partial(run_rank, root / layout, int(zero), int(tensor), kind))
+        if not run_ranks(int(world), partial(run_rank, root / layout, int(zero), int(tensor), kind)):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ its certificate, and the first layout.
 
 import json
 import os
-import socket
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,6 +19,7 @@ import deepspeed.runtime.engine
 import deepspeed.runtime.zero.muon.muon_optimizer
 import torch
 import torch.distributed as dist
+from forking import run_ranks
 
 from pipeline.env import Ranks
 from pipeline.launch.local import Local
@@ -182,10 +181,7 @@ FAULTS: dict[str, tuple[Fault, list[Layout], prove.Prove]] = {
 }
 
 
-def run_rank(rank: int, world: int, port: int, directory: Path, name: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def run_rank(world: int, directory: Path, name: str, rank: int) -> None:
     fault, tried, stage = {**RIGHT, **FAULTS}[name]
     prove.Prove.layouts = lambda self, run: tried
     fault()
@@ -202,28 +198,11 @@ def run_rank(rank: int, world: int, port: int, directory: Path, name: str) -> No
         (directory / f"{name}.json").write_text(json.dumps({"ended": ended, "rows": rows, "tried": tried[0].name}))
 
 
-def start(*arguments) -> int:
-    child = os.fork()
-    if child:
-        return child
-    try:
-        run_rank(*arguments)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-
-
 def main() -> None:
     directory, world = Path(sys.argv[1]), int(sys.argv[2])
     for name in sys.argv[3:] or [*RIGHT, *FAULTS]:
         (directory / name / "work").mkdir(parents=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        ranks = [start(rank, world, port, directory, name) for rank in range(world)]
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
-        if any(statuses):
+        if not run_ranks(world, partial(run_rank, world, directory, name)):
             sys.exit(f"{name}: a rank failed")
 
 

@@ -4,13 +4,12 @@
 norm or a final weight differs between what keeps everything and what computes something again.
 """
 
-import os
-import socket
 import sys
-import traceback
+from functools import partial
 
 import deepspeed  # noqa: F401 (here, so that no rank has to)
 import torch
+from forking import run_ranks
 
 from pipeline.models.config import Decoder
 from pipeline.models.initial import init_weights
@@ -52,7 +51,7 @@ def train(mesh, zero, kind, sequence):
     return numbers, found
 
 
-def run_rank(tensor):
+def run_rank(tensor, rank):
     with process_group(tensor) as mesh:
         for zero in (0, 1, 2, 3):
             for sequence in (False, True)[:tensor]:
@@ -65,34 +64,12 @@ def run_rank(tensor):
                     assert not apart, (zero, sequence, kind, apart)
 
 
-def start(rank, world, tensor, port):
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        torch.set_num_threads(1)
-        run_rank(tensor)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
 def main():
     torch.set_num_threads(1)
     failed = False
     for layout in sys.argv[1:]:
         world, tensor = map(int, layout.split("-"))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        ranks = [start(rank, world, tensor, port) for rank in range(world)]
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
-        failed |= any(statuses)
+        failed |= not run_ranks(world, partial(run_rank, tensor))
     sys.exit(failed)
 
 

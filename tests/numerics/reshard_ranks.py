@@ -8,15 +8,15 @@ with the fields of `Phase`. Gradients are given, and exact in any order.
 import json
 import os
 import signal
-import socket
 import sys
 import time
-import traceback
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import deepspeed  # noqa: F401 (here, so that no rank has to)
 import torch
+from forking import start_ranks
 from optim_slices_ranks import ROWS, gradients, make_model, set_rates, slice_of
 from torch import nn
 
@@ -147,7 +147,7 @@ def slow(write_part):
     return waiting
 
 
-def run_rank(phase, number, output):
+def run_rank(phase, number, output, rank):
     report = {"phase": number, "rank": int(os.environ["RANK"]), "log": []}
     try:
         with process_group(phase.tensor) as mesh:
@@ -158,28 +158,9 @@ def run_rank(phase, number, output):
     os.write(descriptor, json.dumps(report).encode() + b"\n")
 
 
-def start(rank, world, port, phase, number, output):
-    child = os.fork()
-    if child:
-        return child
-    try:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        torch.set_num_threads(1)
-        run_rank(phase, number, output)
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(1)
-
-
 def run(phase, number, output):
     """Run the ranks of a phase; where one ends badly the others are ended, as the launcher does."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = {start(rank, phase.world, port, phase, number, output) for rank in range(phase.world)}
+    ranks = set(start_ranks(phase.world, partial(run_rank, phase, number, output)))
     failed = False
     while ranks:
         child, status = os.wait()

@@ -9,15 +9,14 @@ import copy
 import gc
 import json
 import math
-import os
-import socket
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import deepspeed
 import torch
+from forking import run_ranks
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
@@ -325,7 +324,7 @@ def refused(mesh):
     return ""
 
 
-def run_rank(directory, tensor, sequence, parts):
+def run_rank(directory, tensor, sequence, parts, rank):
     with process_group(tensor) as mesh:
         checks = {
             "gradients": lambda: compare_families(mesh, sequence) | compare_others(mesh, sequence),
@@ -343,33 +342,11 @@ def run_rank(directory, tensor, sequence, parts):
     (directory / f"{mesh.rank}.json").write_text(json.dumps(found))
 
 
-def start(rank, world, port, *arguments):
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        torch.set_num_threads(1)
-        run_rank(*arguments)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
 def main():
     directory, (world, tensor), sequence = Path(sys.argv[1]), map(int, sys.argv[2:4]), sys.argv[4] == "1"
     directory.mkdir(parents=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     gc.freeze()  # `held` need not look at what there was before
-    ranks = [start(rank, world, port, directory, tensor, sequence, sys.argv[5:]) for rank in range(world)]
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
-    sys.exit(any(statuses))
+    sys.exit(not run_ranks(world, partial(run_rank, directory, tensor, sequence, sys.argv[5:])))
 
 
 if __name__ == "__main__":
