@@ -30,8 +30,15 @@ def _trace(arguments: Sequence[str]) -> int:
     return trace(arguments)
 
 
+def _task(arguments: Sequence[str]) -> int:
+    from pipeline.allocation import run_task
+
+    return run_task(arguments)
+
+
 COMMANDS = {
     "verify": Other("PATH|URL|JOB.TASK ...", "read artifacts in full: is every file what it was?", _verify),
+    "task": Other("DIR", "run a submitted task in this SLURM job, as slurm/stage.sbatch does", _task),
     "trace": Other("run=PATH|JOB.TASK step=N|doc=ID", "which documents a step of a pretraining saw, and back", _trace),
 }
 
@@ -91,6 +98,8 @@ def _usage(name: str) -> str:
 def act(data: dict[str, Any], job: str | None) -> int:
     """Plan one composed command and run it; return its exit status."""
     from pipeline.execute import execute
+    from pipeline.launch.slurm import Slurm
+    from pipeline.launch.srun import is_in_allocation
     from pipeline.operate import print_end, print_plan, print_task
     from pipeline.plan import Command, plan
     from pipeline.settings import decode
@@ -100,6 +109,11 @@ def act(data: dict[str, Any], job: str | None) -> int:
         tasks = plan(command, job)
         if command.plan:
             print_plan(tasks, command)
+            return 0
+        if isinstance(command.run, Slurm) and not is_in_allocation():
+            from pipeline.submit import submit
+
+            submit(tasks, command, job)
             return 0
         ran = [task.name for task in tasks if task.done is None]
         execute(tasks, command, job, report=print_task)

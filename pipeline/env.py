@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pipeline.errors import Interrupted, Preempted
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1, which NCCL may catch
 LAUNCHER = "PIPELINE_LAUNCHER"  # environment variable with the process id of a rank's launcher
 ATTEMPT = "PIPELINE_ATTEMPT"  # environment variable with the number of the try that a rank belongs to
+ATTEMPT_NAME = "PIPELINE_ATTEMPT_NAME"  # environment variable with the name of the file in work/ that counts the tries
+FIRST_RANK = "PIPELINE_FIRST_RANK"  # environment variable of ranks that srun starts: what SLURM's task 0 is
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,41 @@ def read_ranks() -> Ranks:
     env = os.environ
     rank, world = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
     return Ranks(rank, world, int(env.get("LOCAL_RANK", str(rank))))
+
+
+@dataclass(frozen=True)
+class Share:
+    """The ranks of a task that one launch starts: `count` of all `world`, from `first` on."""
+
+    world: int
+    first: int
+    count: int
+
+    @property
+    def is_all(self) -> bool:
+        """Whether no other launch starts ranks of this task."""
+        return self.count == self.world
+
+
+def adopt_slurm_rank() -> None:
+    """Give a process that srun started its RANK and LOCAL_RANK; others are left as they are."""
+    first = os.environ.get(FIRST_RANK)
+    if first is not None:
+        os.environ["RANK"] = str(int(first) + int(os.environ["SLURM_PROCID"]))
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """Give a free port that rank 0, started by this process on this machine, can listen on, and nobody else gets.
+
+    A port that is bound but not listened on is given to no other process, and Linux lets one listen on it that asks
+    for SO_REUSEADDR too, as torch's store does.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]
 
 
 def cpus() -> int:
@@ -87,15 +125,19 @@ class StopRequest:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _catch(self, number: int, _frame: FrameType | None) -> None:
+    def ask(self, number: int) -> None:
+        """Ask for a stop, as if this signal had come."""
         self.came.append(number)
         self.hand_on()
+
+    def _catch(self, number: int, _frame: FrameType | None) -> None:
+        self.ask(number)
 
 
 def die_with_parent() -> None:
     """Ask Linux to kill this process when its launcher dies, so that a killed launcher leaves no rank behind."""
     launcher = os.environ.get(LAUNCHER)
-    if launcher is None:  # started by hand
+    if not launcher:  # started by hand, or by srun
         return
     set_pdeathsig = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None).prctl(set_pdeathsig, signal.SIGKILL)

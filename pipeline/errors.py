@@ -32,6 +32,10 @@ class LaunchError(PipelineError):
     exit_status = 4
 
 
+class Lost(LaunchError):
+    """Processes were ended from outside, or a machine went: beginning again may help."""
+
+
 class TrainingError(PipelineError):
     """Training cannot go on: a loss that is not finite, a checkpoint that does not fit."""
 

@@ -3,18 +3,22 @@
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.artifact import MANIFEST, WORK, Artifact, open_artifact, write_json
-from pipeline.env import STOP_SIGNALS, StopRequest
-from pipeline.errors import ArtifactError
-from pipeline.launch.local import launch, locked
-from pipeline.plan import Command, Task, identify_sources
+from pipeline.artifact import MANIFEST, WORK, open_artifact, write_json
+from pipeline.env import STOP_SIGNALS, Share, StopRequest
+from pipeline.errors import ArtifactError, LaunchError
+from pipeline.launch import AnyRun
+from pipeline.launch.claim import live_claim
+from pipeline.launch.lock import locked
+from pipeline.launch.slurm import Slurm
+from pipeline.launch.srun import allocated
+from pipeline.perform import clear, perform, want
+from pipeline.plan import Command, Task
+from pipeline.record import TaskRecord, new_record, write_record
 from pipeline.settings import encode
-from pipeline.stage import CHECKPOINTS, SCRATCH
-from pipeline.worker import FrozenTask, publish
+from pipeline.worker import FrozenTask, commit
 
 
 def execute(tasks: list[Task], command: Command, job: str | None, report: Callable[[Task], None]) -> None:
@@ -27,66 +31,67 @@ def execute(tasks: list[Task], command: Command, job: str | None, report: Callab
         PipelineError: The first failure; the artifacts of the tasks before it stay.
         Preempted: If a signal asked for a stop; what is done stays.
     """
+    root = Path(command.root)
     with StopRequest().listening(*STOP_SIGNALS, signal.SIGHUP, signal.SIGINT) as stop:
+        if job is not None and any(task.done is None for task in tasks):
+            made = [TaskRecord.of(task, task.run) for task in tasks]
+            write_record(root, new_record(job, "local", made, commit()))
         for task in tasks:
             if task.done is None:
                 if stop:
                     raise stop.error(f"before {task.name}; the tasks before it are done")
-                task.done = _run(task, command, job, stop)
+                _run(task, command, job, stop)
                 report(task)
+            assert task.done is not None
             if job is not None:
-                _link(Path(command.root) / "jobs" / job / task.name, task.done.path)
+                link(root, job, task.name, task.done.path)
 
 
-def _run(task: Task, command: Command, job: str | None, stop: StopRequest) -> Artifact:
-    began = time.monotonic()
-    num_ranks = 1 if task.stage.ranks == "one" else command.run.ranks
-    _check_disk(task, command)
-    with locked(task.directory) as lock:
-        if not (task.directory / MANIFEST).exists():  # another run may have made it while this one waited
-            frozen = _freeze(task, command, job)
-            _check_sources(task)
-            try:
-                launch(task.directory, num_ranks, command.run, lock, stop)
-            finally:
-                _check_sources(task, undo=True)  # what was read is what the fingerprint says
-            publish(frozen, time.monotonic() - began, num_ranks)
-    return open_artifact(task.directory, task.stage.produces)
+def _run(task: Task, command: Command, job: str | None, stop: StopRequest) -> None:
+    check_disk(task, command)
+    run = allocated(task.run, task.stage) if isinstance(task.run, Slurm) else task.run
+    frozen = freeze(task, command, job, run)
+    if frozen is not None:
+        perform(frozen, Share(world=run.ranks, first=0, count=run.ranks), stop)
+    task.done = open_artifact(task.directory, task.stage.produces)
 
 
-def _check_sources(task: Task, undo: bool = False) -> None:
-    """Refuse raw files that are no longer those of the plan; `undo` drops the work that may be made of others."""
-    for name, identity in identify_sources(task.stage).items():
-        if identity != task.sources[name]:
-            for unfinished in (WORK + "/units", CHECKPOINTS) if undo else ():
-                shutil.rmtree(task.directory / unfinished, ignore_errors=True)
-            raise ArtifactError(f"{task.where}.{name}: its files changed while the job ran; run it again")
+def freeze(task: Task, command: Command, job: str | None, run: AnyRun) -> FrozenTask | None:
+    """Write down a task for its ranks, and clear what a killed try left half-written; null if it has been made.
 
-
-def _freeze(task: Task, command: Command, job: str | None) -> FrozenTask:
-    """Write down the task for its ranks, and clear what a killed try left half-written."""
+    Raises:
+        LaunchError: If another run works in its directory, or a SLURM job is to.
+    """
     frozen = FrozenTask(
         name=task.name,
+        where=task.where,
         job=job,
         stage=task.stage,
         inputs={name: str(path) for name, path in task.inputs.items()},
+        sources=task.sources,
+        commit=commit(),
         fingerprint=task.fingerprint,
         directory=str(task.directory),
-        run=command.run,
+        run=run,
         tracker=command.tracker,
     )
-    shutil.rmtree(task.directory / WORK / "ranks", ignore_errors=True)
-    for directory in ("units", "ranks"):
-        (task.directory / WORK / directory).mkdir(exist_ok=True)
-    shutil.rmtree(task.directory / WORK / SCRATCH, ignore_errors=True)
-    for path in task.directory.glob("*.tmp"):
-        path.unlink()
-    write_json(task.directory / WORK / "task.json", encode(frozen))
+    with locked(task.directory):
+        if (task.directory / MANIFEST).exists():  # another run has made it meanwhile
+            return None
+        if (claim := live_claim(task.directory)) is not None and claim.slurm != os.environ.get("SLURM_JOB_ID"):
+            raise LaunchError(
+                f"{task.directory}: SLURM job {claim.slurm} of {claim.job} is to work in it; cancel it first"
+            )
+        clear(task.directory)
+        write_json(task.directory / WORK / "task.json", encode(frozen))
+        if job is not None:
+            want(task.directory, job, task.name)
     return frozen
 
 
-def _check_disk(task: Task, command: Command) -> None:
-    artifacts = [open_artifact(path) for path in task.inputs.values()]
+def check_disk(task: Task, command: Command) -> None:
+    """Look that there is room for the output. Raises ArtifactError with what is needed and what is free."""
+    artifacts = [open_artifact(path) for path in task.inputs.values() if (path / MANIFEST).exists()]
     input_bytes = sum(record.bytes for artifact in artifacts for record in artifact.manifest.files.values())
     input_bytes += sum(int(size) for files in task.sources.values() for _, size, _ in files)
     need = task.stage.disk_bytes(input_bytes, command.run)
@@ -100,12 +105,13 @@ def _check_disk(task: Task, command: Command) -> None:
         )
 
 
-def _link(link: Path, target: Path) -> None:
-    """Lead `link` to `target` in one step, whatever was there."""
-    relative = os.path.relpath(target, link.parent)
-    if link.is_symlink() and str(link.readlink()) == relative:
+def link(root: Path, job: str, task: str, target: Path) -> None:
+    """Lead `<root>/jobs/<job>/<task>` to an artifact in one step, whatever was there."""
+    place = root / "jobs" / job / task
+    relative = os.path.relpath(target.absolute(), place.parent.absolute())
+    if place.is_symlink() and str(place.readlink()) == relative:
         return
-    link.parent.mkdir(parents=True, exist_ok=True)
-    temporary = link.with_name(f"{link.name}.{os.getpid()}.tmp")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
     temporary.symlink_to(relative)
-    temporary.replace(link)
+    temporary.replace(place)

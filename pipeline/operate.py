@@ -10,8 +10,10 @@ from rich.table import Table
 
 from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError, ConfigError
+from pipeline.launch.slurm import Slurm
 from pipeline.plan import Command, Task
 from pipeline.progress import clock, terminal_width
+from pipeline.record import JobRecord
 from pipeline.remote import is_url, open_anywhere
 from pipeline.settings import nearest
 from pipeline.stage import Stage
@@ -32,7 +34,7 @@ def find_artifact(name: str, root: Path, *kinds: str, whole: bool = True) -> Art
     if is_url(name) or Path(name).exists() or not job or "/" in name:
         return open_input(name, root, *kinds, whole=whole)
     for directory, wanted, noun in ((root / "jobs", job, "job"), (root / "jobs" / job, task, "task")):
-        known = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
+        known = [entry.name for entry in directory.iterdir() if entry.suffix != ".json"] if directory.is_dir() else []
         if wanted not in known:
             raise ArtifactError(f"{name}: no {noun} called '{wanted}' has run in {directory}{nearest(wanted, known)}")
     return open_anywhere(str(root / "jobs" / job / task), root, *kinds, whole=whole)
@@ -42,12 +44,34 @@ def print_plan(tasks: list[Task], command: Command) -> None:
     """Print what is done, what would run, where, with how many ranks, and why."""
     table = _table("task", "state", "runs on", "directory", "why")
     for task in tasks:
-        ranks = 1 if task.stage.ranks == "one" else command.run.ranks
-        where = "" if task.done else f"{command.run.kind}, {ranks} rank{'s' if ranks > 1 else ''}"
+        where = "" if task.done else describe_run(task)
         table.add_row(task.name, "done" if task.done else "to run", where, str(task.directory), _short(task.why))
     _print(table)
     waiting = sum(task.done is None for task in tasks)
     _print(f"{waiting} of {len(tasks)} tasks would run; nothing was started.")
+
+
+def print_submitted(record: JobRecord, tasks: list[Task]) -> None:
+    """Print which SLURM job makes each task, and where."""
+    table = _table("task", "SLURM job", "runs on", "directory")
+    for task, submitted in zip(tasks, record.tasks, strict=True):
+        job = submitted.slurm or "done"
+        shared = f" of {submitted.shared_with}" if submitted.shared_with else ""
+        table.add_row(task.name, f"{job}{shared}", describe_run(task), submitted.directory)
+    _print(table)
+    _print(f"submitted; how far it is: python -m pipeline status {record.name}")
+
+
+def describe_run(task: Task) -> str:
+    """Say what runs a task."""
+    run = task.run
+    ranks = f"{run.ranks} rank{'s' if run.ranks > 1 else ''}"
+    if not isinstance(run, Slurm):
+        return f"{run.kind}, {ranks}"
+    if task.stage.ranks == "units":
+        return f"array of {run.ranks}"
+    gpus = f", {run.gpus_per_node} GPUs on each" if run.gpus_per_node else ""
+    return f"{run.nodes} node{'s' if run.nodes > 1 else ''}, {ranks}{gpus}"
 
 
 def print_settings(kind: str) -> None:

@@ -53,6 +53,7 @@ class Task:
 
     Attributes:
         where: Dotted path of its settings.
+        run: How it runs: the command's settings for this task.
         needs: The tasks whose output it reads, by the dotted path of the setting that names each.
         outside: Path or URL of the artifacts that no task of the job makes, by the same.
         inputs: Directory of each input, by the same.
@@ -64,6 +65,7 @@ class Task:
     name: str
     where: str
     stage: AnyStage
+    run: AnyRun
     needs: dict[str, str] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, Path] = field(default_factory=dict)
@@ -95,13 +97,14 @@ def plan(command: Command, job: str | None) -> list[Task]:
             "are written to a disk"
         )
     if command.stage is not None:
-        tasks = {str(command.stage.kind): Task(command.stage.kind, "stage", command.stage)}
+        stages = {str(command.stage.kind): (command.stage, "stage")}
     else:
-        tasks = {name: Task(name, f"tasks.{name}", stage) for name, stage in command.tasks.items()}
+        stages = {name: (stage, f"tasks.{name}") for name, stage in command.tasks.items()}
+    tasks = {name: Task(name, where, stage, command.run.of(name, stage)) for name, (stage, where) in stages.items()}
     _connect(tasks)
     ordered = _order(tasks)
     outside = {task.name: _open_outside(task, Path(command.root)) for task in ordered}
-    _check(ordered, tasks, outside, command)
+    _check(ordered, tasks, outside)
     for task in ordered:
         _place(task, tasks, outside[task.name], command, job)
     return ordered
@@ -148,9 +151,7 @@ def _open_outside(task: Task, root: Path) -> dict[str, Artifact]:
     }
 
 
-def _check(
-    ordered: list[Task], tasks: Mapping[str, Task], outside: Mapping[str, Mapping[str, Artifact]], command: Command
-) -> None:
+def _check(ordered: list[Task], tasks: Mapping[str, Task], outside: Mapping[str, Mapping[str, Artifact]]) -> None:
     """Let every stage look for what cannot work, given the settings of what makes its inputs."""
     problems = []
     for task in ordered:
@@ -160,7 +161,7 @@ def _check(
             upstream |= {f"{name}/{inner}": tasks[one].stage for inner, one in tasks[other].needs.items()}
         for name, artifact in outside[task.name].items():
             upstream[name] = stage_of(artifact)
-        for name, problem in task.stage.check(upstream, command.run):
+        for name, problem in task.stage.check(upstream, task.run):
             problems.append(problem if problem.startswith("run.") else f"{task.where}.{name}: {problem}")
     if problems:
         raise ConfigError(*problems)
@@ -192,7 +193,7 @@ def _place(
     for name, identity in {**identities, **task.sources}.items():
         _put(settings, name, identity)
     identity = {"stage": settings, "version": task.stage.version}
-    if more := task.stage.identity(command.run):
+    if more := task.stage.identity(task.run):
         identity["more"] = more
     task.fingerprint = fingerprint(identity)
     task.directory = root / task.stage.produces / f"{task.name}-{task.fingerprint}"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints
 
@@ -30,6 +30,7 @@ SCRATCH = "scratch"  # in work/
 PARTIAL = "partial"  # in work/: what a stage needs to go on with inside a unit; gone once the artifact is published
 HEARTBEATS = "heartbeats"  # in work/: what each rank of a group is doing
 ATTEMPT_FILE = "attempt"  # in work/: the number of the newest try; ranks of earlier ones may no longer write
+SAVE_FILE = "save_s"  # in work/: the seconds that saving a checkpoint took at the most
 CHECKPOINTS = "checkpoints"  # of a training, beside work/
 
 
@@ -85,6 +86,8 @@ class Run(Choice):
         microbatch_sequences: Sequences that a rank feeds at once; null feeds its share of the batch at once.
         compile: Whether the layers are compiled by torch before training.
         stall_timeout_s: Seconds without any progress after which a rank counts as stalled, and the task ends.
+        tries: How often a task is begun without any progress in between before it has failed: ranks that were ended
+            from outside are started again, and so is a task that was told to stop.
     """
 
     ranks: int = Field(default=1, ge=1)
@@ -93,7 +96,12 @@ class Run(Choice):
     compile: bool = False
     stall_timeout_s: float = Field(default=600.0, gt=0)
     checkpoints: Checkpoints = Checkpoints()
+    tries: int = Field(default=1, ge=1)
     parallel: Parallel = Parallel()
+
+    def of(self, name: str, stage: "Stage") -> Self:
+        """Return the settings of the task `name`, with `ranks` all of its processes."""
+        return self.model_copy(update={"ranks": 1}) if stage.ranks == "one" else self
 
 
 class Output:
@@ -221,6 +229,7 @@ class Context:
         open_tracker: Opens the tracker of this artifact, given the step to continue after; `tracker` calls it once.
         should_stop: Whether somebody asked this rank to stop.
         attempt: The number of the try that this rank belongs to; 0 where no launcher counts them.
+        attempt_name: The file in work/ that counts the tries: an element of an array has one of its own.
         leave_reason: Leaves the reason of a failure where the launcher finds it.
         beat: Says that this rank begins a phase of its work, and of which step; null is the same step as before. All
             ranks of a group go through the same phases.
@@ -234,6 +243,7 @@ class Context:
     open_tracker: Callable[[int], Tracker] = lambda after_step: Tracker()
     should_stop: Callable[[], bool] = lambda: False
     attempt: int = 0
+    attempt_name: str = ATTEMPT_FILE
     leave_reason: Callable[[PipelineError], None] = lambda error: None
     beat: Callable[[str, int | None], None] = lambda phase, step: None
     output: Output = field(init=False)
@@ -260,7 +270,7 @@ class Context:
         Raises:
             LaunchError: If a later try has begun.
         """
-        path = self.directory / WORK / ATTEMPT_FILE
+        path = self.directory / WORK / self.attempt_name
         if self.attempt and (newest := int(path.read_text("ascii"))) != self.attempt:
             raise LaunchError(
                 f"{self.directory}: this is try {self.attempt} and try {newest} has begun; nothing more is written"

@@ -12,16 +12,16 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pipeline
 from pipeline.artifact import WORK, InputRecord, Made, Manifest, is_disk_full, open_artifact, write_manifest
-from pipeline.env import ATTEMPT, STOP_SIGNALS, Ranks, StopRequest, read_ranks
+from pipeline.env import ATTEMPT, ATTEMPT_NAME, Ranks, StopRequest, read_ranks
 from pipeline.errors import ArtifactError, PipelineError
 from pipeline.launch import AnyRun
-from pipeline.launch.local import leave_reason
+from pipeline.launch.failures import leave_reason
 from pipeline.settings import Settings, decode, encode
-from pipeline.stage import HEARTBEATS, PARTIAL, Context, read_outputs
+from pipeline.stage import ATTEMPT_FILE, HEARTBEATS, PARTIAL, SCRATCH, Context, read_outputs
 from pipeline.stages import AnyStage
 from pipeline.track import AnyTracker, open_tracker
 
@@ -30,13 +30,19 @@ class FrozenTask(Settings):
     """A task as it was when it was submitted: all that its ranks need to know.
 
     Attributes:
+        where: Dotted path of its settings, for messages.
         inputs: Directory of each input artifact, by the dotted path of the setting that names it.
+        sources: Identity of its raw files at planning, by the same.
+        commit: Commit of the code at submission, with a + if it was edited since; null outside a checkout.
     """
 
     name: str
+    where: str = "stage"
     job: str | None
     stage: AnyStage
     inputs: dict[str, str]
+    sources: dict[str, Any] = {}
+    commit: str | None = None
     fingerprint: str
     directory: str
     run: AnyRun
@@ -65,6 +71,7 @@ def context(task: FrozenTask, ranks: Ranks) -> Context:
         settings=task.run,
         ranks=ranks,
         attempt=int(os.environ.get(ATTEMPT, "0")),
+        attempt_name=os.environ.get(ATTEMPT_NAME, ATTEMPT_FILE),
         leave_reason=lambda error: leave_reason(directory, ranks.rank, error),
         open_tracker=lambda step: open_tracker(task.tracker, directory, run_id, title, encode(task.stage), step),
     )
@@ -105,7 +112,7 @@ def publish(task: FrozenTask, seconds: float, num_ranks: int) -> Manifest:
         files=dict(sorted(ctx.output.files.items())),
         made=Made(
             version=pipeline.__version__,
-            commit=_commit(),
+            commit=task.commit,
             python=platform.python_version(),
             host=platform.node(),
             time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -114,19 +121,17 @@ def publish(task: FrozenTask, seconds: float, num_ranks: int) -> Manifest:
         ),
     )
     write_manifest(ctx.directory, manifest)
-    for notes in ("units", "ranks", HEARTBEATS, PARTIAL):
+    for notes in ("units", "ranks", HEARTBEATS, PARTIAL, SCRATCH):
         shutil.rmtree(ctx.directory / WORK / notes, ignore_errors=True)
     return manifest
 
 
-def main() -> None:
+def main(stop: StopRequest) -> None:
     """Run this process's rank; leave the reason of a failure for the launcher and exit with its status."""
     directory = Path(sys.argv[1]).parent.parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's
     try:
-        task = read_task(Path(sys.argv[1]))
-        with StopRequest().listening(*STOP_SIGNALS) as stop:
-            work(task, stop)
+        work(read_task(Path(sys.argv[1])), stop)
     except PipelineError as error:
         _fail(directory, error)
     except OSError as error:
@@ -140,7 +145,7 @@ def _fail(directory: Path, error: PipelineError) -> NoReturn:
     sys.exit(error.exit_status)
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the commit of the code that runs, with a + if it was edited since; null outside a checkout."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]

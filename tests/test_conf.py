@@ -33,7 +33,9 @@ def test_every_preset_decodes(group):
         assert settings["kind"] == path.stem
         command = decode(Command, {group: settings})
         written = getattr(command, group).model_dump(mode="json")
-        assert {key: written[key] for key in settings} == settings
+        assert {key: written[key] for key in settings if settings[key] != {}} == {
+            k: v for k, v in settings.items() if v != {}
+        }
 
 
 def test_every_model_decodes_and_says_its_size():

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "pipeline"
 
 LAYERS = [  # from the top; modules of one layer may import one another, but for the three neighbours
     {"__main__", "rank"},
-    {"compose", "execute", "operate", "plan", "trace", "verify", "worker"},
+    {"allocation", "compose", "execute", "operate", "perform", "plan", "record", "submit", "trace", "verify", "worker"},
     {"launch", "stages"},
     {"training", "report"},
     {"text", "models", "parallel"},

@@ -1,5 +1,10 @@
 """Launchers: how a task's processes come to run."""
 
-from pipeline.launch.local import Local
+from typing import Annotated
 
-AnyRun = Local  # a union on `kind` as soon as there is a second launcher
+from pydantic import Field
+
+from pipeline.launch.local import Local
+from pipeline.launch.slurm import Slurm
+
+AnyRun = Annotated[Local | Slurm, Field(discriminator="kind")]

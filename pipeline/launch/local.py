@@ -1,24 +1,21 @@
 """Runs the ranks of a task as processes on this machine: their signals, their output, and who failed first."""
 
-import fcntl
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
-from pipeline import errors
-from pipeline.artifact import WORK, atomic, write_json
-from pipeline.env import ATTEMPT, LAUNCHER, StopRequest, cpus
-from pipeline.errors import ArtifactError, ConfigError, LaunchError, PipelineError, Preempted
-from pipeline.stage import ATTEMPT_FILE, HEARTBEATS, Run
+from pipeline.artifact import WORK
+from pipeline.env import ATTEMPT, LAUNCHER, Share, StopRequest, cpus, reserved_port
+from pipeline.errors import LaunchError, Preempted
+from pipeline.launch.failures import forget_reasons, guessed_reason, left_reason, rank_log
+from pipeline.stage import HEARTBEATS, Run
 
 REDRAW = b"\r\x1b[2K"  # how a progress line begins
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -31,47 +28,14 @@ class Local(Run):
     kind: Literal["local"] = "local"
 
 
-@contextmanager
-def locked(directory: Path) -> Iterator[int]:
-    """Hold the directory of a task, so that two runs never write one; give the descriptor that ranks inherit.
-
-    The lock lives until the launcher and every rank that inherited it are gone, however they end.
-
-    Raises:
-        LaunchError: If another run holds it.
-    """
-    (directory / WORK).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory / WORK / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        yield descriptor
-    except BlockingIOError:
-        owner = (directory / WORK / "lock").read_text("utf-8") or "another process"
-        raise LaunchError(f"{directory}: {owner} is working in it; wait for it or end it") from None
-    finally:
-        os.close(descriptor)
-
-
-def begin_attempt(directory: Path) -> int:
-    """Return the number of a new try at the task in `directory`; those of earlier tries may no longer write there."""
-    path = directory / WORK / ATTEMPT_FILE
-    try:
-        number = int(path.read_text("ascii")) + 1
-    except FileNotFoundError:
-        number = 1
-    except ValueError as error:
-        raise ArtifactError(f"{path}: damaged ({error}); delete it if nobody else works here") from None
-    with atomic(path) as temporary:
-        temporary.write_text(str(number), "ascii")
-    return number
-
-
-def launch(directory: Path, num_ranks: int, run: Run, lock: int, stop: StopRequest) -> None:
-    """Run `num_ranks` ranks of the task frozen in `directory` and return when all have ended well.
+def launch(directory: Path, run: Run, attempt: int, lock: int, stop: StopRequest) -> None:
+    """Run all ranks of the task frozen in `directory` and return when all of them have ended well.
 
     A stop is handed on to the ranks, which save their state; a second one ends them at once.
+
+    Args:
+        attempt: Number of the try.
+        lock: Descriptor of the task's lock, which the ranks inherit.
 
     Raises:
         PipelineError: What the first rank to fail left as its reason, of the same class.
@@ -79,24 +43,12 @@ def launch(directory: Path, num_ranks: int, run: Run, lock: int, stop: StopReque
         Preempted: If the ranks were asked to stop.
     """
     (directory / "logs").mkdir(exist_ok=True)
-    for old in (directory / WORK).glob("failure-*.json"):
-        old.unlink()
-    threads = run.threads or max(1, cpus() // num_ranks)
-    shared = {
-        "WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port() if num_ranks > 1 else 0),
-        "OMP_NUM_THREADS": str(threads),
-        "RAYON_NUM_THREADS": str(threads),
-        ATTEMPT: str(begin_attempt(directory)),
-    }
-    ranks = [_start(directory, rank, shared, lock) for rank in range(num_ranks)]
-    stop.hand_on = lambda: _signal_all(ranks, signal.SIGTERM if len(stop.came) == 1 else signal.SIGKILL)
-    if stop:
-        stop.hand_on()
-    silence = Silence(directory, num_ranks, run.stall_timeout_s)
-    failed = _wait(ranks, silence)
-    stop.hand_on = lambda: None
+    share = Share(world=run.ranks, first=0, count=run.ranks)
+    forget_reasons(directory, share)
+    silence = Silence(directory, share, run.stall_timeout_s)
+    with reserved_port() as port:
+        ranks = _start_all(directory, run, {ATTEMPT: str(attempt), "MASTER_PORT": str(port)}, lock)
+        failed = _watch(ranks, silence, stop)
     if failed is None:
         return
     status = ranks[failed].returncode
@@ -105,12 +57,35 @@ def launch(directory: Path, num_ranks: int, run: Run, lock: int, stop: StopReque
             f"{directory}: no rank gave a sign of life for {silence.limit_s:g} s, so they were ended; the same command "
             "continues"
         )
-    reason = _left_reason(directory, failed)
+    reason = left_reason(directory, failed)
     if stop and reason is None and -status in (signal.SIGTERM, signal.SIGKILL):
         raise stop.error(f"{directory}: what was done since the last checkpoint or unit will be done again")
     if isinstance(reason, Preempted):
         raise stop.error(str(reason)) if stop else reason
-    raise reason or _guessed_reason(directory, failed, status)
+    raise reason or guessed_reason(directory, failed, status)
+
+
+def _start_all(directory: Path, run: Run, shared: Mapping[str, str], lock: int) -> "list[subprocess.Popen[bytes]]":
+    threads = str(run.threads or max(1, cpus() // run.ranks))
+    shared = {
+        **shared,
+        "WORLD_SIZE": str(run.ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "OMP_NUM_THREADS": threads,
+        "RAYON_NUM_THREADS": threads,
+    }
+    return [_start(directory, rank, shared, lock) for rank in range(run.ranks)]
+
+
+def _watch(ranks: "list[subprocess.Popen[bytes]]", silence: "Silence", stop: StopRequest) -> int | None:
+    """Wait for all ranks, handing on what comes; return the first that failed, if one did."""
+    stop.hand_on = lambda: _signal_all(ranks, signal.SIGTERM if len(stop.came) == 1 else signal.SIGKILL)
+    if stop:
+        stop.hand_on()
+    try:
+        return _wait(ranks, silence)
+    finally:
+        stop.hand_on = lambda: None
 
 
 def _start(directory: Path, rank: int, shared: Mapping[str, str], lock: int) -> "subprocess.Popen[bytes]":
@@ -135,7 +110,7 @@ def _start(directory: Path, rank: int, shared: Mapping[str, str], lock: int) -> 
         start_new_session=True,  # Ctrl-C goes to the launcher alone, which asks the ranks to stop
         pass_fds=[lock],
     )
-    log = open(directory / "logs" / f"rank-{rank:05d}.log", "ab")  # noqa: SIM115 (closed by the thread)
+    log = open(rank_log(directory, rank), "ab")  # noqa: SIM115 (closed by the thread)
     process.pump = threading.Thread(target=_pump, args=(process.stdout, log, rank == 0), daemon=True)  # type: ignore[attr-defined]
     process.pump.start()  # type: ignore[attr-defined]
     return process
@@ -205,8 +180,9 @@ class Silence:
     Where all of them are halted nobody else would notice.
     """
 
-    def __init__(self, directory: Path, num_ranks: int, timeout_s: float) -> None:
-        self._files = [directory / WORK / HEARTBEATS / f"{rank:05d}" for rank in range(num_ranks)]
+    def __init__(self, directory: Path, share: Share, timeout_s: float) -> None:
+        ranks = range(share.first, share.first + share.count)
+        self._files = [directory / WORK / HEARTBEATS / f"{rank:05d}" for rank in ranks]
         self.limit_s, self.was_too_long = 2 * timeout_s + 30, False
         self._next = 0.0
 
@@ -234,39 +210,3 @@ def _signal_all(ranks: "list[subprocess.Popen[bytes]]", number: int) -> None:
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(number)
-
-
-def leave_reason(directory: Path, rank: int, error: PipelineError) -> None:
-    """Leave the reason why this rank fails where `launch` finds it; on a full disk the exit status has to do."""
-    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
-    with suppress(OSError, ArtifactError):
-        data = {"class": type(error).__name__, "problems": list(problems)}
-        write_json(directory / WORK / f"failure-{rank:05d}.json", data)
-
-
-def _left_reason(directory: Path, rank: int) -> PipelineError | None:
-    """Return the error that a rank left, if it left one."""
-    try:
-        data: Mapping[str, Any] = json.loads((directory / WORK / f"failure-{rank:05d}.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    kind: type[PipelineError] = getattr(errors, data["class"], PipelineError)
-    return kind(*data["problems"])
-
-
-def _guessed_reason(directory: Path, rank: int, status: int) -> PipelineError:
-    """Say how a rank ended that left no reason, with the end of its log."""
-    log = directory / "logs" / f"rank-{rank:05d}.log"
-    last = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-15:])
-    if status == ArtifactError.exit_status:
-        return ArtifactError(f"{directory}: the disk is full; make room and run the same command again")
-    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
-    end = f"; the end of {log}:\n{last}" if last else ""
-    return LaunchError(f"{directory}: rank {rank} {how}; the same command continues{end}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

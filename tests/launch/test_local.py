@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.errors import ConfigError, LaunchError
-from pipeline.launch.local import _first, _guessed_reason, _left_reason, _pump, leave_reason, locked
+from pipeline.launch.failures import guessed_reason, leave_reason, left_reason
+from pipeline.launch.local import _first, _pump
+from pipeline.launch.lock import locked
 
 
 def test_a_directory_is_locked_against_a_second_run(tmp_path):
@@ -52,7 +54,7 @@ def test_a_rank_that_a_signal_ended_is_to_blame_before_those_that_lost_it(status
 def test_the_reason_of_a_rank_keeps_its_class_and_its_lines(tmp_path):
     (tmp_path / "work").mkdir()
     leave_reason(tmp_path, 1, ConfigError("a: b", "c: d"))
-    error = _left_reason(tmp_path, 1)
+    error = left_reason(tmp_path, 1)
     assert isinstance(error, ConfigError)
     assert error.problems == ("a: b", "c: d")
 
@@ -60,19 +62,19 @@ def test_the_reason_of_a_rank_keeps_its_class_and_its_lines(tmp_path):
 def test_a_rank_without_a_reason_shows_the_end_of_its_log(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/rank-00002.log").write_text("".join(f"line {i}\n" for i in range(100)))
-    error = _guessed_reason(tmp_path, 2, -11)
+    error = guessed_reason(tmp_path, 2, -11)
     assert isinstance(error, LaunchError)
     assert "rank 2 was ended by SIGSEGV" in str(error)
     assert "line 99" in str(error)
     assert "line 50" not in str(error)
-    assert "rank 2 exited with status 7" in str(_guessed_reason(tmp_path, 2, 7))
+    assert "rank 2 exited with status 7" in str(guessed_reason(tmp_path, 2, 7))
 
 
 def test_a_reason_cut_by_a_full_disk_is_none(tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work/failure-00000.json").write_text("")
-    assert _left_reason(tmp_path, 0) is None
-    assert _left_reason(tmp_path, 1) is None
+    assert left_reason(tmp_path, 0) is None
+    assert left_reason(tmp_path, 1) is None
 
 
 def test_a_rank_never_waits_for_a_terminal_that_is_gone(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ import numpy as np
 from forking import start_ranks, wait_for_ranks
 
 from pipeline import worker
+from pipeline.env import STOP_SIGNALS, StopRequest
 from pipeline.text import loader
 
 
@@ -43,7 +44,8 @@ def run_rank(task: Path, ledger: Path, rank: int) -> None:
     """Be one rank of a task."""
     keep_ledger(ledger, rank)
     sys.argv = ["rank.py", str(task)]
-    worker.main()
+    with StopRequest().listening(*STOP_SIGNALS) as stop:
+        worker.main(stop)
 
 
 def wait_for_step(ledger: Path, begin: int, step: int) -> None:

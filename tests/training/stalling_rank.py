@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.env import ATTEMPT, die_with_parent, read_ranks
-from pipeline.launch.local import leave_reason
+from pipeline.launch.failures import leave_reason
 from pipeline.training.heartbeat import Heart
 
 STALL_STEP = 3

@@ -13,6 +13,7 @@ from support import PROJECT
 from pipeline.env import StopRequest
 from pipeline.errors import TrainingError
 from pipeline.launch import local
+from pipeline.launch.lock import begin_attempt, locked
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stalls")]
 
@@ -36,8 +37,8 @@ def run(tmp_path, monkeypatch):
     def start(world, **told):
         settings = {"timeout_s": TIMEOUT_S, "steps": 10, "rank": None, "phase": None, "way": None} | told
         (directory / "work/stall.json").write_text(json.dumps(settings))
-        with local.locked(directory) as lock:
-            local.launch(directory, world, local.Local(ranks=world), lock, StopRequest())
+        with locked(directory) as lock:
+            local.launch(directory, local.Local(ranks=world), begin_attempt(directory), lock, StopRequest())
         return directory
 
     start.directory = directory

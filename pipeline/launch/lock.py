@@ -1,0 +1,175 @@
+"""Who works in the directory of a task: a lock with owner and heartbeat, and the number of the try.
+
+Two runs never write one directory. On one machine the kernel knows at once whether the owner of a lock is gone; across
+machines, where a file system may not tell, its heartbeat does. And should an owner that was taken for dead come back
+(a node that was cut off), the number of the try stops it: every write of a training looks whether its try is still the
+newest.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import WORK, atomic
+from pipeline.errors import ArtifactError, LaunchError
+from pipeline.stage import ATTEMPT_FILE, CHECKPOINTS
+
+LOCK = "lock"
+BEAT_S = 10.0
+STALE_S = 60.0  # without a sign of life, after which an owner on another machine counts as gone
+TRIES = "tries.jsonl"  # in work/: what was done already when each try began
+
+
+@contextmanager
+def locked(directory: Path, name: str = LOCK, patience_s: float = 0.0) -> Iterator[int]:
+    """Hold the directory of a task, so that two runs never write one; give the descriptor that ranks inherit.
+
+    The lock lives until the launcher and every rank on this machine that inherited it are gone, however they end.
+
+    Args:
+        name: Of the lock, in work/.
+        patience_s: How long to wait for an owner to come to its end.
+
+    Raises:
+        LaunchError: If another run holds it; who, and when it gave a sign of life.
+    """
+    path = directory / WORK / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience_s
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        while (owner := _other_owner(descriptor, path)) is not None:
+            if time.monotonic() > deadline:
+                raise LaunchError(f"{directory}: {owner} is working in it; wait for it or end it")
+            time.sleep(0.2)
+        _sign(descriptor)
+        released = threading.Event()
+        heart = threading.Thread(target=_beat, args=(descriptor, released), name="lock", daemon=True)
+        heart.start()
+        try:
+            yield descriptor
+        finally:
+            released.set()
+            heart.join()
+            os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def read_owner(directory: Path, name: str = LOCK) -> Mapping[str, Any] | None:
+    """Return who signed a lock last and has not released it: "words", "host", "pid", "job"; null where nobody has."""
+    try:
+        owner: Mapping[str, Any] = json.loads((directory / WORK / name).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return owner
+
+
+def age_s(path: Path) -> float:
+    """Return how long ago a file was written, by the clock of its file system."""
+    probe = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.now")
+    probe.touch()
+    try:
+        return probe.stat().st_mtime - path.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+def place() -> str:
+    """Say where this process runs, as people look for it."""
+    process = f"process {os.getpid()} on {socket.gethostname()}"
+    job = slurm_job()
+    return f"SLURM job {job} ({process})" if job else process
+
+
+def slurm_job() -> str | None:
+    """Return the id of the SLURM job that this process is in, of an array's element as "12_3"; null outside of one."""
+    env = os.environ
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env.get("SLURM_JOB_ID")
+
+
+def _other_owner(descriptor: int, path: Path) -> str | None:
+    """Take the lock and return null, or say who holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = True
+    except BlockingIOError:
+        taken = False
+    except OSError:  # a file system without: the heartbeat has to do
+        taken = True
+    owner = read_owner(path.parent.parent, path.name)
+    if not taken:
+        return str(owner["words"]) if owner else "another process"
+    if owner is None or owner["host"] == socket.gethostname() or (owner["job"] and owner["job"] == slurm_job()):
+        return None  # the kernel says that it is gone, or SLURM does
+    quiet_s = age_s(path)
+    if quiet_s > STALE_S:
+        return None
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return f"{owner['words']}, whose last sign of life came {quiet_s:.0f} s ago,"
+
+
+def _sign(descriptor: int) -> None:
+    owner = {"words": place(), "host": socket.gethostname(), "pid": os.getpid(), "job": slurm_job()}
+    text = json.dumps(owner).encode()
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text, 0)
+
+
+def _beat(descriptor: int, released: threading.Event) -> None:
+    while not released.wait(BEAT_S):
+        with suppress(OSError):
+            os.utime(descriptor)
+
+
+def begin_attempt(directory: Path, name: str = ATTEMPT_FILE) -> int:
+    """Return the number of a new try at the task in `directory`; those of earlier tries may no longer write there."""
+    path = directory / WORK / name
+    try:
+        number = int(path.read_text("ascii")) + 1
+    except FileNotFoundError:
+        number = 1
+    except ValueError as error:
+        raise ArtifactError(f"{path}: damaged ({error}); delete it if nobody else works here") from None
+    with atomic(path) as temporary:
+        temporary.write_text(str(number), "ascii")
+    return number
+
+
+def idle_tries(directory: Path, share: str) -> int:
+    """Note that a try begins; return how many have begun before it, one after another, with as much done as now.
+
+    Args:
+        share: Which ranks it is of: elements of an array are tried each for itself.
+    """
+    path, done = directory / WORK / TRIES, _done(directory)
+    rows = []
+    with suppress(FileNotFoundError):
+        for line in path.read_text("utf-8").splitlines():
+            with suppress(ValueError):  # of a line cut by a kill
+                rows.append(json.loads(line))
+    before = [row["done"] for row in rows if row["share"] == share]
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"share": share, "done": done, "where": place(), "time": round(time.time(), 3)}) + "\n")
+    return next((count for count, other in enumerate(reversed(before)) if other != done), len(before))
+
+
+def forget_tries(directory: Path) -> None:
+    """Let the count of tries without progress begin anew."""
+    (directory / WORK / TRIES).unlink(missing_ok=True)
+
+
+def _done(directory: Path) -> list[Any]:
+    """Return what tells how far a task is: its newest checkpoints, and how many units and ranks have ended."""
+    steps = sorted(str(path.relative_to(directory)) for path in (directory / CHECKPOINTS).rglob("step-*[0-9]"))
+    return [steps[-1:], *(len(list((directory / WORK / notes).glob("*.json"))) for notes in ("units", "ranks"))]

@@ -1,0 +1,188 @@
+"""What a cluster is and what a task asks of it: the settings of `run=slurm` and of every cluster in conf/run."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from pipeline.settings import Input, Settings, marked
+from pipeline.stage import Run, Stage, TaskName
+
+TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+Time = Annotated[str, StringConstraints(pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$")]
+Memory = Annotated[str, StringConstraints(pattern=r"^\d+[KMGT]?$")]
+
+# what only the nodes of a training have; other tasks ask for it in `data` or `tasks`
+OF_TRAINING = ("nodes", "ranks_per_node", "gpus_per_node", "memory_per_node", "constraint")
+
+
+class Resources(Settings):
+    """What is asked of SLURM for a task; null asks for nothing, or is as said one level up.
+
+    Attributes:
+        partition, account, qos, constraint: As sbatch knows them.
+        time: Limit of one job, as "8:00:00" or "2-00:00:00"; a training that needs longer goes on in a chain of jobs.
+        nodes: Machines of a training.
+        ranks_per_node: Processes of a training on each; null is one for each GPU, or one.
+        gpus_per_node: GPUs of each machine.
+        cpus_per_rank: Processors of each process.
+        memory_per_node: As "64G".
+        array: Processes of a data task, each an element of an array of jobs.
+        at_once: Elements of an array that may run at a time.
+        flags: More flags of sbatch, as they are.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: Time | None = None
+    nodes: int | None = Field(default=None, ge=1)
+    ranks_per_node: int | None = Field(default=None, ge=1)
+    gpus_per_node: int | None = Field(default=None, ge=0)
+    cpus_per_rank: int | None = Field(default=None, ge=1)
+    memory_per_node: Memory | None = None
+    array: int | None = Field(default=None, ge=1)
+    at_once: int | None = Field(default=None, ge=1)
+    flags: list[str] | None = None
+
+
+class Slurm(Run):
+    """Jobs of a SLURM cluster: one for a task, an array for a data task.
+
+    Attributes:
+        partition ... flags: As of `Resources`, for the trainings.
+        data: What other tasks ask for instead; nodes, GPUs, memory and constraint of the trainings are not for them.
+        tasks: What a task asks for instead, by its name.
+        setup: Lines of shell that make the environment of a job: modules, an environment to activate.
+        python: The interpreter; null is that of the submission, or where there is a setup what it calls python.
+        container: Words before the interpreter of every rank: "apptainer exec --nv IMAGE".
+        srun: More flags of srun, as they are.
+        environment: Variables of every rank: of NCCL and the interconnect.
+        elastic: The fewest nodes that a training goes on with where it cannot have all; null is all of them.
+        preflight: Whether the nodes are tried by a short job before a training on several of them.
+        notice_s: How long before the end of its time SLURM tells a job; a training that needs longer to save is told
+            sooner, by what its saving took.
+    """
+
+    kind: Literal["slurm"] = "slurm"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: Time | None = None
+    nodes: int = Field(default=1, ge=1)
+    ranks_per_node: int | None = Field(default=None, ge=1)
+    gpus_per_node: int = Field(default=0, ge=0)
+    cpus_per_rank: int | None = Field(default=None, ge=1)
+    memory_per_node: Memory | None = None
+    array: int = Field(default=4, ge=1)
+    at_once: int | None = Field(default=None, ge=1)
+    flags: list[str] = []
+    data: Resources = Resources()
+    tasks: dict[TaskName, Resources] = {}
+    setup: list[str] = []
+    python: str | None = None
+    container: list[str] = []
+    srun: list[str] = []
+    environment: dict[str, str] = {}
+    elastic: int | None = Field(default=None, ge=1)
+    preflight: bool = True
+    notice_s: int = Field(default=120, ge=1)
+    tries: int = Field(default=3, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_ranks(cls, data: Any) -> Any:
+        """Let `ranks` be those of all nodes, whichever of the two was said."""
+        if not isinstance(data, Mapping):
+            return data
+        nodes, ranks, each = (data.get(name) or 0 for name in ("nodes", "ranks", "ranks_per_node"))
+        nodes, each = nodes or 1, each or (0 if ranks else data.get("gpus_per_node") or 1)
+        if not all(isinstance(number, int) for number in (nodes, ranks, each)):
+            return data  # for words of its own
+        if ranks and ((each and ranks != nodes * each) or ranks % nodes):
+            raise ValueError(f"{ranks} ranks do not spread over {nodes} nodes; say run.ranks_per_node alone")
+        return {**data, "ranks": ranks or nodes * each}
+
+    @model_validator(mode="after")
+    def _check_elastic(self) -> Self:
+        if self.elastic is not None and self.elastic > self.nodes:
+            raise ValueError(f"run.elastic: {self.elastic} nodes at the least are more than run.nodes, {self.nodes}")
+        return self
+
+    @property
+    def each(self) -> int:
+        """Ranks of a training on each of its nodes."""
+        return self.ranks // self.nodes
+
+    def of(self, name: str, stage: Stage) -> Self:
+        """Return the settings of one task, with `ranks` all of its processes."""
+        data = {field: getattr(self, field) for field in type(self).model_fields}
+        layers = [self.tasks.get(name, Resources())]
+        if not (on_device := uses_device(stage)):
+            layers.insert(0, self.data)
+            data |= {field: type(self).model_fields[field].default for field in OF_TRAINING}
+        for layer in layers:
+            data |= {field: value for field, value in layer if value is not None}
+        said = {field: value for layer in layers for field, value in layer if value is not None}
+        each = said.get("ranks_per_node") or said.get("gpus_per_node") or self.each
+        if stage.ranks == "group":
+            data |= {"ranks_per_node": each, "ranks": data["nodes"] * each}
+        else:
+            data |= {"nodes": 1, "ranks_per_node": None, "ranks": data["array"] if stage.ranks == "units" else 1}
+            data |= {"gpus_per_node": min(data["gpus_per_node"], 1 if on_device else data["gpus_per_node"])}
+        if data["nodes"] <= (data["elastic"] or 0):
+            data["elastic"] = None
+        return self.model_copy(update={**data, "tasks": {}, "data": Resources()})
+
+    def on(self, nodes: int) -> Self:
+        """Return the same on another number of nodes."""
+        return self.model_copy(update={"nodes": nodes, "ranks": nodes * self.each})
+
+
+def uses_device(stage: Stage) -> bool:
+    """Return whether a stage computes with a model, so that it wants the nodes of a training."""
+    return stage.ranks == "group" or any("model" in mark.kinds for _, mark, _ in marked(stage, Input))
+
+
+def seconds_of(time: str) -> int | None:
+    """Return the seconds of a time limit as SLURM writes it: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S; null if none."""
+    if (found := TIME.fullmatch(time)) is None:
+        return None
+    days, *parts = (None if part is None else int(part) for part in found.groups())
+    given = [part for part in parts if part is not None]
+    if days is not None:
+        hours, minutes, seconds = [*given, 0, 0][:3]
+        return 86400 * days + 3600 * hours + 60 * minutes + seconds
+    if len(given) == 3:
+        return 3600 * given[0] + 60 * given[1] + given[2]
+    return 60 * given[0] + (given[1] if len(given) == 2 else 0)
+
+
+def sbatch_flags(run: Slurm, stage: Stage, limit_s: int | None) -> list[str]:
+    """Return the flags of sbatch for what a task asks for.
+
+    Args:
+        run: Of this task, from `Slurm.of`.
+        limit_s: Longest job that the partition takes, in seconds; null where it takes any.
+    """
+    named = {name: getattr(run, name) for name in ("partition", "account", "qos", "constraint")}
+    flags = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    if run.time is not None:
+        wanted = seconds_of(run.time)
+        flags.append(f"--time={-(-limit_s // 60) if limit_s and wanted and wanted > limit_s else run.time}")
+    if stage.ranks == "units":
+        share = f"%{run.at_once}" if run.at_once else ""
+        flags += [f"--array=0-{run.ranks - 1}{share}", "--nodes=1", "--ntasks=1"]
+    else:
+        nodes = f"{run.elastic}-{run.nodes}" if run.elastic is not None else f"{run.nodes}"
+        flags += [f"--nodes={nodes}", f"--ntasks-per-node={run.each}"]
+    if run.cpus_per_rank is not None:
+        flags.append(f"--cpus-per-task={run.cpus_per_rank}")
+    if run.memory_per_node is not None:
+        flags.append(f"--mem={run.memory_per_node}")
+    if run.gpus_per_node:
+        flags.append(f"--gres=gpu:{run.gpus_per_node}")
+    return [*flags, *run.flags]

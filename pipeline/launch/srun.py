@@ -1,0 +1,235 @@
+"""Runs ranks of a task as a step of the SLURM job that this process is in: one srun, one process a rank."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from pipeline.artifact import WORK
+from pipeline.env import ATTEMPT, ATTEMPT_NAME, FIRST_RANK, LAUNCHER, Share, StopRequest, cpus, reserved_port
+from pipeline.errors import LaunchError, Lost, PipelineError, Preempted
+from pipeline.launch import scheduler
+from pipeline.launch.deadline import Deadline
+from pipeline.launch.failures import forget_reasons, guessed_reason, left_reason, rank_log
+from pipeline.launch.local import GRACE_S, PACKAGE, Silence
+from pipeline.launch.slurm import Slurm
+from pipeline.stage import Stage
+
+ENDED = re.compile(r"^srun: error: (?P<node>[^:\s]+): tasks? (?P<tasks>[\d,\-]+): (?P<how>.+)$")
+LOST = re.compile(r"^srun: error: Node failure on (?P<node>\S+)")
+ALLOCATION = "PIPELINE_ALLOCATION"  # environment variable that slurm/stage.sbatch sets
+OUT_OF_MEMORY = "Out Of Memory"
+PAUSE_S = 0.1
+SIGNALS = {
+    "Killed": signal.SIGKILL,
+    "Terminated": signal.SIGTERM,
+    "Aborted": signal.SIGABRT,
+    "Bus error": signal.SIGBUS,
+}
+
+
+def launch(directory: Path, run: Slurm, share: Share, attempt: tuple[int, str], stop: StopRequest) -> None:
+    """Run ranks of the task frozen in `directory` and return when all of them have ended well.
+
+    Args:
+        run: Of this task, on the nodes of this job.
+        attempt: Number of the try, and the name of the file that counts it.
+
+    Raises:
+        PipelineError: What the first rank to fail left as its reason, of the same class.
+        LaunchError: If a rank ended without a reason; with the last lines of its log.
+        Preempted: If the ranks were asked to stop, or the time of the job is nearly over.
+    """
+    (directory / "logs").mkdir(exist_ok=True)
+    forget_reasons(directory, share)
+    with reserved_port() as port:
+        step = Step(_words(directory, run, share), {**os.environ, **_environment(run, share, attempt, port)})
+        stop.hand_on = lambda: step.ask() if len(stop.came) == 1 else step.kill()
+        if stop:
+            stop.hand_on()
+        silence = Silence(directory, share, run.stall_timeout_s)
+        try:
+            _wait(directory, share, step, silence, Deadline(directory, run.notice_s), stop)
+        finally:
+            stop.hand_on = lambda: None
+            step.close()
+    if step.status == 0:
+        return
+    raise _reason(directory, run, share, step, silence, stop)
+
+
+class Step:
+    """A running srun: what it says of its tasks, and how they are asked to stop or ended."""
+
+    def __init__(self, words: list[str], environment: Mapping[str, str]) -> None:
+        self.failed: dict[int, str] = {}  # how each task failed, in the order of the news
+        self.lost: list[str] = []  # nodes
+        self.last = ""
+        self._process = subprocess.Popen(
+            words, env=dict(environment), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        self._reader = threading.Thread(target=self._read, name="srun", daemon=True)
+        self._reader.start()
+
+    @property
+    def status(self) -> int | None:
+        """Exit status of srun, null while it runs."""
+        return self._process.poll()
+
+    def ask(self) -> None:
+        """Ask all tasks to stop."""
+        if self.status is None:
+            self._process.send_signal(signal.SIGUSR2)  # which srun hands on; SIGTERM would end the step
+
+    def kill(self) -> None:
+        """End all tasks at once."""
+        job = os.environ["SLURM_JOB_ID"]
+        with suppress(LaunchError):
+            steps = scheduler.command("squeue", "--steps", "--noheader", "--jobs", job, "--format", "%i").split()
+            for step in (step for step in steps if step.rpartition(".")[2].isdigit()):
+                scheduler.command("scancel", "--signal=KILL", step)
+
+    def close(self) -> None:
+        """Wait for srun's last words."""
+        if self.status is None:
+            self.kill()
+            self._process.wait()
+        self._reader.join()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            self.last = line.strip() or self.last
+            if found := LOST.match(line):
+                self.lost.append(found["node"])
+            if found := ENDED.match(line):
+                for task in _numbers(found["tasks"]):
+                    self.failed.setdefault(task, found["how"].strip())
+
+
+def _words(directory: Path, run: Slurm, share: Share) -> list[str]:
+    log = str(rank_log(directory, share.first)).replace("%", "%%")
+    if share.is_all:
+        log = log.replace(f"rank-{share.first:05d}", "rank-%5t")
+    cpus_per_rank = [] if run.cpus_per_rank is None else [f"--cpus-per-task={run.cpus_per_rank}"]
+    return [
+        "srun",
+        f"--nodes={run.nodes}",
+        f"--ntasks={share.count}",
+        f"--ntasks-per-node={-(-share.count // run.nodes)}",
+        "--kill-on-bad-exit=0",  # the others get to save first
+        "--wait=0",
+        "--export=ALL",
+        "--open-mode=append",
+        f"--output={log}",  # of the node itself: what a task says while it is being ended would not come through srun
+        *cpus_per_rank,
+        *run.srun,
+        *run.container,
+        sys.executable if run.python is None else run.python,
+        "-P",
+        str(PACKAGE / "rank.py"),
+        str(directory.resolve() / WORK / "task.json"),
+    ]
+
+
+def _environment(run: Slurm, share: Share, attempt: tuple[int, str], port: int) -> dict[str, str]:
+    threads = str(run.threads or run.cpus_per_rank or max(1, cpus() // run.each))
+    number, name = attempt
+    return {
+        **run.environment,
+        FIRST_RANK: str(share.first),
+        "WORLD_SIZE": str(share.world),
+        "MASTER_ADDR": os.environ.get("SLURMD_NODENAME", "127.0.0.1") if run.nodes > 1 else "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": threads,
+        "RAYON_NUM_THREADS": threads,
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
+        ATTEMPT: str(number),
+        ATTEMPT_NAME: name,
+        LAUNCHER: "",  # slurmstepd is their parent
+    }
+
+
+def _wait(directory: Path, share: Share, step: Step, silence: "Silence", deadline: Deadline, stop: StopRequest) -> None:
+    """Wait for the step; once a task has failed, or all are silent, the others are ended."""
+    end = float("inf")
+    while step.status is None:
+        if step.failed and end == float("inf"):
+            saving = isinstance(left_reason(directory, share.first + next(iter(step.failed))), Preempted)
+            end = time.monotonic() + GRACE_S * (12 if saving else 1)
+            step.ask()
+        if time.monotonic() > end or silence.is_too_long():
+            step.kill()
+            end = time.monotonic() + GRACE_S
+        if not stop and deadline.is_near():
+            print(f"{directory}: the time of this job is nearly over: its state is saved", flush=True)
+            stop.ask(signal.SIGUSR2)
+        time.sleep(PAUSE_S)
+
+
+def _reason(
+    directory: Path, run: Slurm, share: Share, step: Step, silence: Silence, stop: StopRequest
+) -> PipelineError:
+    """Return why the step failed."""
+    if silence.was_too_long:
+        return LaunchError(
+            f"{directory}: no rank gave a sign of life for {silence.limit_s:g} s, so they were ended; the same command "
+            "continues"
+        )
+    failed = _blamed(step)
+    reason = None if failed is None else left_reason(directory, share.first + failed)
+    if isinstance(reason, Preempted):
+        return reason
+    how = "" if failed is None else step.failed[failed]
+    if stop or how == "Terminated":  # only SLURM, or a person, sends that
+        return Preempted(f"{directory}: what was done since the last checkpoint or unit will be done again")
+    if reason is not None:
+        return reason
+    if how == OUT_OF_MEMORY:
+        return LaunchError(f"{directory}: rank {share.first + (failed or 0)} was ended: {OUT_OF_MEMORY}")
+    if step.lost:
+        return Lost(f"{directory}: lost {', '.join(step.lost)}; the same command continues")
+    if failed is None:
+        return LaunchError(f"{directory}: srun exited with status {step.status}: {step.last}")
+    guessed = guessed_reason(directory, share.first + failed, _status(how))
+    return Lost(str(guessed)) if run.nodes > 1 else guessed  # of a machine that went its peers hear first
+
+
+def _blamed(step: Step) -> int | None:
+    """Return the task to blame: one that a signal ended, before those that only lost their peer."""
+    return min(step.failed, key=lambda task: step.failed[task].startswith("Exited"), default=None)
+
+
+def _status(how: str) -> int:
+    if found := re.search(r"exit code (\d+)", how):
+        return int(found[1])
+    return -next((number for name, number in SIGNALS.items() if how.startswith(name)), signal.SIGSEGV)
+
+
+def _numbers(text: str) -> list[int]:
+    """Return the numbers of "0,3-5"."""
+    spans = [part.partition("-")[::2] for part in text.split(",")]
+    return [n for first, last in spans for n in range(int(first), int(last or first) + 1)]
+
+
+def is_in_allocation() -> bool:
+    """Whether this process was started by slurm/stage.sbatch, so that ranks are run here and nothing is submitted."""
+    return ALLOCATION in os.environ
+
+
+def allocated(run: Slurm, stage: Stage) -> Slurm:
+    """Return the settings of a task, as from `Slurm.of`, for the nodes that this job has."""
+    env = os.environ
+    nodes = int(env["SLURM_JOB_NUM_NODES"])
+    each = int(env.get("SLURM_NTASKS_PER_NODE") or run.each)
+    if stage.ranks == "one":
+        return run
+    return run.model_copy(update={"nodes": nodes, "ranks_per_node": each, "ranks": nodes * each})

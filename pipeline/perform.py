@@ -1,0 +1,162 @@
+"""One frozen task, wherever it runs: begun under its lock, its ranks launched and begun again, its result published."""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import MANIFEST, WORK, write_json
+from pipeline.env import Share, StopRequest
+from pipeline.errors import ArtifactError, ConfigError, LaunchError, Lost, PipelineError, Preempted
+from pipeline.launch import local, srun
+from pipeline.launch.lock import LOCK, STALE_S, begin_attempt, forget_tries, idle_tries, locked, place, slurm_job
+from pipeline.launch.slurm import Slurm
+from pipeline.plan import identify_sources
+from pipeline.stage import ATTEMPT_FILE, CHECKPOINTS, SCRATCH
+from pipeline.worker import FrozenTask, publish
+
+RESULT = "result"  # in work/: how the last try ended
+WANTED = "wanted"  # in work/: JOB.TASK of every job that this is a task of
+PUBLISHED_LOCK = "lock-publish"
+
+
+def perform(task: FrozenTask, share: Share, stop: StopRequest) -> None:
+    """Run a share of the ranks of a frozen task, and publish its artifact when all of its ranks have ended.
+
+    Ranks that are lost are begun again where this process may do so, `run.tries` times without progress.
+
+    Raises:
+        PipelineError: Why it could not; the same is left in `work/result.json`.
+    """
+    directory = Path(task.directory)
+    own = "" if share.is_all else f"-{share.first:05d}"
+    patience_s = 2 * STALE_S if slurm_job() else 0.0
+    try:
+        with locked(directory, LOCK + own, patience_s) as lock:
+            if not (directory / MANIFEST).exists():
+                _run_ranks(task, share, own, lock, stop)
+                leave_result(directory, own, None)
+                if share.is_all:
+                    _publish(task, own)
+        if not share.is_all:
+            with locked(directory, PUBLISHED_LOCK, patience_s):
+                if not (directory / MANIFEST).exists() and _have_ended(directory, share.world):
+                    _publish(task, own)
+    except PipelineError as error:
+        leave_result(directory, own, error)
+        raise
+
+
+def _run_ranks(task: FrozenTask, share: Share, own: str, lock: int, stop: StopRequest) -> None:
+    directory = Path(task.directory)
+    if not share.is_all and (directory / WORK / "ranks" / f"{share.first:05d}.json").exists():
+        return None  # this element had ended before
+    if slurm_job() is None:
+        forget_tries(directory)  # a person begins anew
+    error: PipelineError | None = None
+    while True:
+        idle = idle_tries(directory, own)
+        if idle >= task.run.tries:
+            last = error or last_problem(directory, own)
+            raise LaunchError(f"{directory}: begun {idle} times without any progress; the last time: {last}")
+        try:
+            return _try(task, share, own, lock, stop)
+        except (Lost, Preempted) as problem:
+            if stop or isinstance(task.run, Slurm) or task.run.tries == 1:
+                raise  # SLURM begins it again, where it can be on other machines
+            error = problem
+            print(f"{task.name}: {problem}\n{task.name}: begun again", flush=True)
+
+
+def _try(task: FrozenTask, share: Share, own: str, lock: int, stop: StopRequest) -> None:
+    directory, name = Path(task.directory), ATTEMPT_FILE + own
+    attempt = begin_attempt(directory, name)
+    if share.is_all:
+        clear(directory)
+    check_sources(task)
+    try:
+        if isinstance(task.run, Slurm):
+            srun.launch(directory, task.run, share, (attempt, name), stop)
+        else:
+            local.launch(directory, task.run, attempt, lock, stop)
+    finally:
+        check_sources(task, undo=True)  # what was read is what the fingerprint says
+
+
+def clear(directory: Path) -> None:
+    """Make room for a try of all ranks: what an earlier one left half-written goes, finished units stay."""
+    shutil.rmtree(directory / WORK / "ranks", ignore_errors=True)
+    for notes in ("units", "ranks"):
+        (directory / WORK / notes).mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory / WORK / SCRATCH, ignore_errors=True)
+    for path in directory.glob("*.tmp"):
+        path.unlink()
+
+
+def check_sources(task: FrozenTask, undo: bool = False) -> None:
+    """Refuse raw files that are no longer those of the plan; `undo` drops the work that may be made of others.
+
+    Raises:
+        ArtifactError: If they changed.
+    """
+    for name, identity in identify_sources(task.stage).items():
+        if identity != task.sources[name]:
+            for unfinished in (WORK + "/units", CHECKPOINTS) if undo else ():
+                shutil.rmtree(Path(task.directory) / unfinished, ignore_errors=True)
+            raise ArtifactError(f"{task.where}.{name}: its files changed while the job ran; run it again")
+
+
+def _have_ended(directory: Path, world: int) -> bool:
+    return all((directory / WORK / "ranks" / f"{rank:05d}.json").exists() for rank in range(world))
+
+
+def _publish(task: FrozenTask, own: str) -> None:
+    directory = Path(task.directory)
+    began = min(path.stat().st_mtime for path in (directory / WORK).glob(f"{ATTEMPT_FILE}*") if path.suffix != ".tmp")
+    publish(task, time.time() - began, task.run.ranks)
+    leave_result(directory, own, None)
+
+
+def leave_result(directory: Path, own: str, error: PipelineError | None) -> None:
+    """Leave how a try ended, for `status`; on a full disk the exit status has to do."""
+    problems = [] if error is None else list(error.problems) if isinstance(error, ConfigError) else [str(error)]
+    data = {
+        "status": 0 if error is None else error.exit_status,
+        "problems": problems,
+        "where": place(),
+        "job": slurm_job(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with suppress(OSError, ArtifactError):
+        write_json(directory / WORK / f"{RESULT}{own}.json", data)
+
+
+def read_result(directory: Path, own: str = "") -> Mapping[str, Any] | None:
+    """Return what `leave_result` left of a task, or of an element of its array ("-00003"); null if nothing."""
+    try:
+        result: Mapping[str, Any] = json.loads((directory / WORK / f"{RESULT}{own}.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result
+
+
+def last_problem(directory: Path, own: str) -> str:
+    """Return what went wrong at the last try that left a word."""
+    result = read_result(directory, own)
+    return "; ".join(result["problems"]) if result and result["problems"] else "it left no reason; see its logs"
+
+
+def want(directory: Path, job: str, task: str) -> None:
+    """Note that a job has a task that is made in this directory, so that its link will lead there."""
+    (directory / WORK / WANTED).mkdir(parents=True, exist_ok=True)
+    (directory / WORK / WANTED / f"{job}.{task}").touch()
+
+
+def wanted(directory: Path) -> list[tuple[str, str]]:
+    """Return the jobs, and what each calls the task, that are to be led to this directory."""
+    names = sorted(path.name for path in (directory / WORK / WANTED).glob("*.*"))
+    return [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in names]

@@ -1,0 +1,122 @@
+"""What was started under a name: `<root>/jobs/NAME/job.json`, for `status`, `wait`, `logs`, `cancel` and `retry`.
+
+It says which tasks the job has and where they are. How far they are is read from their directories, and what waits or
+runs from SLURM: the record itself never claims success.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pipeline.artifact import write_json
+from pipeline.errors import ArtifactError
+from pipeline.launch import AnyRun
+from pipeline.plan import Task
+from pipeline.settings import Settings, decode, encode, nearest
+
+RECORD = "job.json"
+
+
+class TaskRecord(Settings):
+    """A task of a job.
+
+    Attributes:
+        directory: Of its artifact, absolute.
+        needs: The tasks of this job whose output it reads.
+        ranks: Its processes.
+        is_array: Whether each is an element of an array of jobs.
+        slurm: Id of its SLURM job; null before it was submitted, where it was done already, or without SLURM.
+        preflight: Id of the SLURM job that tries its nodes first.
+        shared_with: The job that submitted it, where another one did.
+    """
+
+    name: str
+    kind: str
+    directory: str
+    fingerprint: str
+    needs: list[str]
+    ranks: int
+    is_array: bool = False
+    slurm: str | None = None
+    preflight: str | None = None
+    shared_with: str | None = None
+
+    @classmethod
+    def of(cls, task: Task, run: AnyRun) -> "TaskRecord":
+        """Return the record of a planned task."""
+        return cls(
+            name=task.name,
+            kind=task.stage.kind,
+            directory=str(task.directory.absolute()),
+            fingerprint=task.fingerprint,
+            needs=list(dict.fromkeys(task.needs.values())),
+            ranks=run.ranks,
+        )
+
+
+class JobRecord(Settings):
+    """A job that was started.
+
+    Attributes:
+        launcher: What runs it.
+        command: The words that started it, and
+        directory: the directory in which they were said.
+        commit: Of the code; null outside a checkout.
+        code: Directory of the code that its SLURM jobs run; null where that is the caller's own.
+        submitted: When, in UTC.
+        tasks: In the order in which they can run.
+    """
+
+    format: Literal[1] = 1
+    name: str
+    launcher: Literal["local", "slurm"]
+    command: list[str]
+    directory: str
+    commit: str | None
+    code: str | None = None
+    submitted: str
+    tasks: list[TaskRecord]
+
+
+def new_record(
+    name: str, launcher: Literal["local", "slurm"], tasks: list[TaskRecord], commit: str | None, code: str | None = None
+) -> JobRecord:
+    """Return the record of a job that this command line starts now."""
+    return JobRecord(
+        name=name,
+        launcher=launcher,
+        command=sys.argv[1:],
+        directory=str(Path.cwd()),
+        commit=commit,
+        code=code,
+        submitted=datetime.now(UTC).isoformat(timespec="seconds"),
+        tasks=tasks,
+    )
+
+
+def write_record(root: Path, record: JobRecord) -> None:
+    """Write a record down, in the place of the last one of its name."""
+    directory = root / "jobs" / record.name
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / RECORD, encode(record))
+
+
+def read_record(root: Path, name: str) -> JobRecord:
+    """Return the record of a job. Raises ArtifactError if none was started under this name, with the nearest."""
+    path = root / "jobs" / name / RECORD
+    try:
+        return decode(JobRecord, json.loads(path.read_text("utf-8")), where=str(path))
+    except FileNotFoundError:
+        known = [record.parent.name for record in (root / "jobs").glob(f"*/{RECORD}")]
+        raise ArtifactError(f"{name}: no job of this name was started in {root}{nearest(name, known)}") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path}: damaged ({error}); start the job again") from None
+
+
+def read_records(root: Path) -> Iterator[JobRecord]:
+    """Yield the records of all jobs, by name."""
+    for path in sorted((root / "jobs").glob(f"*/{RECORD}")):
+        yield read_record(root, path.parent.name)
