@@ -1,10 +1,21 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
-from pipeline.env import StopRequest, has_accelerator, missing_compiler, read_ranks
+import pytest
+
+from pipeline.env import (
+    Ranks,
+    StopRequest,
+    adopt_slurm_rank,
+    has_accelerator,
+    missing_compiler,
+    read_ranks,
+    reserved_port,
+)
 from pipeline.errors import Interrupted, Preempted
 
 
@@ -98,3 +109,35 @@ def test_a_compiler_is_looked_for(monkeypatch, tmp_path):
     assert missing_compiler().startswith("torch.compile needs a C++ compiler, and there is no 'g++' in the PATH")
     monkeypatch.setenv("CXX", "c++")
     assert missing_compiler() is None
+
+
+def test_nobody_else_gets_a_reserved_port_and_rank_0_can_listen_on_it():
+    with reserved_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", port))  # as a process would that wants this very port
+        with socket.socket() as rank:
+            rank.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            rank.bind(("", port))
+            rank.listen()
+            socket.create_connection(("127.0.0.1", port)).close()
+
+
+@pytest.mark.slow
+def test_the_store_of_torch_can_listen_on_a_reserved_port():
+    from torch.distributed import TCPStore
+
+    with reserved_port() as port:
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        store.set("a", "b")
+        assert store.get("a") == b"b"
+
+
+def test_a_rank_of_srun_takes_its_number_from_slurm(monkeypatch):
+    for name, value in (("SLURM_PROCID", "2"), ("SLURM_LOCALID", "1"), ("WORLD_SIZE", "8"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    adopt_slurm_rank()
+    assert read_ranks() == Ranks(0, 8, 0)  # a process in an allocation that srun did not start
+    monkeypatch.setenv("PIPELINE_FIRST_RANK", "4")
+    adopt_slurm_rank()
+    assert read_ranks() == Ranks(6, 8, 1)

@@ -17,3 +17,4 @@ def test_the_wheel_runs_the_quickstart_from_anywhere(tmp_path):
     plan = [sys.executable, "-m", "pipeline", "job=quickstart", "--plan"]
     done = subprocess.run(plan, cwd=tmp_path / "site", capture_output=True, text=True, check=True)
     assert "11 of 11 tasks would run" in done.stdout
+    assert (tmp_path / "site/pipeline/slurm/stage.sbatch").read_bytes() == (PROJECT / "slurm/stage.sbatch").read_bytes()

@@ -14,7 +14,7 @@ from pipeline.artifact import WORK
 from pipeline.errors import Preempted, TrainingError
 from pipeline.parallel.engine import EngineSettings, build_engine, process_group
 from pipeline.parallel.mesh import Mesh, shape_batch
-from pipeline.stage import HEARTBEATS, Context
+from pipeline.stage import HEARTBEATS, SAVE_FILE, Context
 from pipeline.training.checkpoints.saver import Restored, Saver
 from pipeline.training.feed import Feeder
 from pipeline.training.guard import Finding, Watch, decide
@@ -74,7 +74,9 @@ class Training:
             about={**trainee.about, "optimizer": recipe.optimizer.kind},
             log=ctx.log,
             beat=lambda: ctx.beat("save", None),
+            took=self._note_saving,
         )
+        self.longest_save_s = 0.0
         self.watch = Watch(recipe.guard)
         self.ledger = Ledger(ctx.directory / LEDGER, ctx.rank == 0, trainee.name, ctx.check_attempt)
         self.stop = False
@@ -243,6 +245,12 @@ class Training:
             "events": len(self.ledger.events),
         }
         self.saver.save(step, notes, numbers.get("validation_loss"))
+
+    def _note_saving(self, seconds: float) -> None:
+        """Note what saving takes at the most, so that who ends this training knows how long before to say so."""
+        if seconds > self.longest_save_s:
+            self.longest_save_s = seconds
+            (self.ctx.directory / WORK / SAVE_FILE).write_text(f"{seconds:.3f}", "ascii")
 
     def _agree(self, found: Finding | None = None) -> None:
         """Learn whether some rank was asked to stop, and whether one could not write its part of a checkpoint.

@@ -66,6 +66,7 @@ class Saver:
         about: Mapping[str, Any] | None = None,
         log: Callable[[str], None] = lambda message: None,
         beat: Callable[[], None] = lambda: None,
+        took: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         """Prepare to save into `directory`.
 
@@ -77,11 +78,12 @@ class Saver:
             about: What an input made of a checkpoint has to know: "precision", "end_of_text_id".
             log: Told of damaged checkpoints, on rank 0.
             beat: Called now and then while this rank waits for the disk.
+            took: Told on rank 0, in the background, for how many seconds each checkpoint was on its way.
         """
         self._engine, self._directory, self._mesh, self._zero = engine, directory, mesh, zero
         self._settings, self._steps, self._about = settings, steps, dict(about or {})
         self._destination = Destination(directory, attempt, dict(extras or {}), fence)
-        self._log, self._beat = log, beat
+        self._log, self._beat, self._took = log, beat, took
         self._layouts, self._snapshot = flat_partitions(engine), Snapshot()
         self._writing: Writing | None = None
         self._summaries: dict[int, Summary] = {}  # of the complete ones, on rank 0
@@ -284,6 +286,7 @@ class Saver:
 
     def _keep(self, index: Index) -> None:
         """Remove the checkpoints that a new one supersedes."""
+        self._took(time.monotonic() - self._begun_at)
         self._summaries[index.step] = Summary(index.temporary, index.validation_loss)
         for step in superseded(self._summaries, self._settings):
             self._destination.fence()
