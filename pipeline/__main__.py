@@ -1,13 +1,16 @@
 """`python -m pipeline job=NAME | stage=KIND [key=value …] [--plan]`, and the other commands: `verify`, `trace`."""
 
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import pipeline
-from pipeline.errors import ArtifactError, ConfigError, Interrupted, PipelineError, Preempted
+from pipeline.errors import ArtifactError, ConfigError, Interrupted, LaunchError, PipelineError, Preempted
 
 
 class Other(NamedTuple):
@@ -30,15 +33,67 @@ def _trace(arguments: Sequence[str]) -> int:
     return trace(arguments)
 
 
-def _task(arguments: Sequence[str]) -> int:
-    from pipeline.allocation import run_task
+def _preflight(arguments: Sequence[str]) -> int:
+    from pipeline.preflight import preflight
 
-    return run_task(arguments)
+    return preflight(arguments)
+
+
+def _task(arguments: Sequence[str]) -> int:
+    from pipeline.env import STOP_SIGNALS, StopRequest
+
+    with StopRequest().listening(*STOP_SIGNALS) as stop:  # from the first moment: a signal may not end it unsaved
+        from pipeline.allocation import run_task
+
+        return run_task(arguments, stop)
+
+
+def _sync(arguments: Sequence[str]) -> int:
+    from pipeline.sync import sync
+
+    return sync(arguments)
+
+
+def _status(arguments: Sequence[str]) -> int:
+    from pipeline.jobs.status import status
+
+    return status(arguments)
+
+
+def _wait(arguments: Sequence[str]) -> int:
+    from pipeline.jobs.wait import wait
+
+    return wait(arguments)
+
+
+def _logs(arguments: Sequence[str]) -> int:
+    from pipeline.jobs.logs import logs
+
+    return logs(arguments)
+
+
+def _cancel(arguments: Sequence[str]) -> int:
+    from pipeline.jobs.cancel import cancel
+
+    return cancel(arguments)
+
+
+def _retry(arguments: Sequence[str]) -> int:
+    from pipeline.jobs.retry import retry
+
+    return retry(arguments)
 
 
 COMMANDS = {
+    "status": Other("[JOB] [--watch] [--json]", "how far jobs are, or the tasks of one", _status),
+    "wait": Other("JOB", "return when a job is over, with its exit status", _wait),
+    "logs": Other("JOB.TASK [--rank N] [--follow] [--lines N]", "what a rank of a task has printed", _logs),
+    "cancel": Other("JOB[.TASK]", "end what waits or runs of a job; what is done or saved stays", _cancel),
+    "retry": Other("JOB", "start again what of a job did not end well, exactly as it was", _retry),
     "verify": Other("PATH|URL|JOB.TASK ...", "read artifacts in full: is every file what it was?", _verify),
+    "preflight": Other("DIR", "try the nodes of this SLURM job for a submitted training", _preflight),
     "task": Other("DIR", "run a submitted task in this SLURM job, as slurm/stage.sbatch does", _task),
+    "sync": Other("[JOB|JOB.TASK|DIR ...] [--all]", "bring the numbers of trainings to W&B, from a login node", _sync),
     "trace": Other("run=PATH|JOB.TASK step=N|doc=ID", "which documents a step of a pretraining saw, and back", _trace),
 }
 
@@ -72,11 +127,23 @@ def main() -> None:
     except BrokenPipeError:  # as in `… | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
-    except OSError as error:
-        status = _say(ArtifactError(f"{error.filename or 'input'}: {error.strerror}"))
+    except (ModuleNotFoundError, OSError) as error:
+        status = _say(_explained(error))
     except KeyboardInterrupt:
         status = Interrupted.exit_status
     sys.exit(status)
+
+
+def _explained(error: ModuleNotFoundError | OSError) -> PipelineError:
+    """Say what is wrong with this machine, where that is what it is."""
+    if isinstance(error, OSError):
+        return ArtifactError(f"{error.filename or 'input'}: {error.strerror}")
+    if (error.name or "").partition(".")[0] == pipeline.__name__:
+        raise error
+    return LaunchError(
+        f"{sys.executable} on {platform.node()} has no '{error.name}', which the pipeline needs; take the Python that "
+        "it is installed for: run.setup or run.python says where a node has it"
+    )
 
 
 def _run_command(name: str, arguments: Sequence[str]) -> int:
@@ -86,9 +153,16 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
 
         raise ConfigError(f"no command is called '{name}' (a job is run by job=NAME){nearest(name, list(COMMANDS))}")
     if {"--help", "-h"} & set(arguments):
-        print(_usage(name))
+        print(_usage(name), *_details(name), sep="\n")
         return 0
     return COMMANDS[name].run(arguments)
+
+
+def _details(name: str) -> list[str]:
+    """Return what the module of a command says about it beyond its usage."""
+    module = next((f"pipeline.{place}{name}" for place in ("jobs.", "") if find_spec(f"pipeline.{place}{name}")), None)
+    more = (import_module(module).__doc__ or "").partition("\n\n")[2].strip() if module else ""
+    return ["", more] if more else []
 
 
 def _usage(name: str) -> str:
@@ -107,6 +181,11 @@ def act(data: dict[str, Any], job: str | None) -> int:
     try:
         command = decode(Command, data)
         tasks = plan(command, job)
+        if command.plan and isinstance(command.run, Slurm) and not is_in_allocation():
+            from pipeline.preview import preview
+
+            preview(tasks, command, job)
+            return 0
         if command.plan:
             print_plan(tasks, command)
             return 0
@@ -119,7 +198,12 @@ def act(data: dict[str, Any], job: str | None) -> int:
         execute(tasks, command, job, report=print_task)
         print_end(tasks, ran, command, job)
     except PipelineError as error:
-        return _say(error)
+        status = _say(error)
+        if is_in_allocation():
+            from pipeline.allocation import begin_again
+
+            return begin_again(error)
+        return status
     except OSError as error:
         return _say(ArtifactError(f"{error.filename or 'output'}: {error.strerror}; root=DIR chooses another place"))
     return 0

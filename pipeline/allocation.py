@@ -4,14 +4,14 @@ When it ends without an end - told to stop, its time over, a machine lost - it l
 """
 
 import os
-import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.artifact import MANIFEST, WORK, open_artifact
-from pipeline.env import STOP_SIGNALS, Share, StopRequest
+from pipeline.env import Share, StopRequest
 from pipeline.errors import ConfigError, LaunchError, Lost, PipelineError, Preempted
 from pipeline.execute import link
 from pipeline.launch import scheduler
@@ -19,13 +19,16 @@ from pipeline.launch.lock import slurm_job
 from pipeline.launch.slurm import Slurm
 from pipeline.perform import perform, wanted
 from pipeline.plan import stage_of
+from pipeline.successor import submit_successor
 from pipeline.worker import FrozenTask, read_task
 
-UNDER_WAY = ("RUNNING", "COMPLETING", "PREEMPTED", "PENDING")  # states of a job that nobody has cancelled
-PATIENCE_S = 120.0  # until SLURM ends a job that was requeued
+OF_THE_CLUSTER = ("TimeLimit", "NodeDown")  # why SLURM ends a job that nobody has cancelled
+PATIENCE_S = 600.0  # of a job that has come to its end without a controller to ask
+PAUSE_S = 5.0
+TAIL_BYTES = 4096  # of a log
 
 
-def run_task(arguments: Sequence[str]) -> int:
+def run_task(arguments: Sequence[str], stop: StopRequest) -> int:
     """Run the task frozen in a directory; return the exit status.
 
     Raises:
@@ -35,14 +38,15 @@ def run_task(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or "SLURM_JOB_ID" not in os.environ:
         raise ConfigError("task: wanted one directory of a submitted task, in a job of SLURM; run=slurm submits one")
     directory = Path(arguments[0])
-    with StopRequest().listening(*STOP_SIGNALS) as stop:
-        task = read_task(directory / WORK / "task.json")
-        try:
-            fitted, share = _fit(task)
-            perform(fitted, share, stop)
-        except (Lost, Preempted) as error:
-            print(f"{task.name}: {error}", file=sys.stderr, flush=True)
-            return _begin_again(error)
+    task = read_task(directory / WORK / "task.json")
+    comeback = Comeback(task)
+    stop.hand_on = lambda: threading.Thread(target=comeback.secure, daemon=True).start()
+    try:
+        fitted, share = _fit(task)
+        perform(fitted, share, stop, anew=False)
+    except (Lost, Preempted) as error:
+        print(f"{task.name}: {error}", file=sys.stderr, flush=True)
+        return comeback.arrange(error)
     if (directory / MANIFEST).exists():
         for job, name in wanted(directory):
             link(directory.parent.parent, job, name, directory)
@@ -76,18 +80,94 @@ def _shrink(task: FrozenTask, run: Slurm, nodes: int) -> Slurm:
     raise LaunchError(f"{task.name}: cannot be spread over {nodes} nodes or fewer; see run.elastic and run.nodes")
 
 
-def _begin_again(error: PipelineError) -> int:
-    """Let SLURM begin this job again, unless somebody has cancelled it; return the exit status otherwise."""
-    job = slurm_job()
-    assert job is not None
+def begin_again(error: PipelineError) -> int:
+    """Let the job that runs a command by hand begin again, where that may help; return its exit status."""
+    return Comeback(None).arrange(error) if isinstance(error, Lost | Preempted) else error.exit_status
+
+
+class Comeback:
+    """Lets the SLURM job that this process is in begin again, with the same id; never one that was cancelled.
+
+    While SLURM ends a job all look alike: COMPLETING. One that it will begin again by itself (preempted, requeued by
+    an administrator, a node lost) already counts one start more; of one whose time is over, or that lost a node, it
+    says so; the others were cancelled.
+    """
+
+    def __init__(self, task: FrozenTask | None) -> None:
+        """Know what this job runs: a task, which a successor could go on with, or null for a command by hand."""
+        self._task, self._job = task, slurm_job() or ""
+        self._lock, self._arranged = threading.Lock(), False
+
+    def secure(self) -> None:
+        """See to it already now where SLURM has begun to end this job: it will not leave the time for it later."""
+        with self._lock:
+            try:
+                told = scheduler.show(self._job)
+            except LaunchError:
+                return
+            if told["JobState"] != "RUNNING" and not self._arranged and not self._is_cancelled(told):
+                self._begin(told)
+
+    def arrange(self, error: PipelineError) -> int:
+        """Let the job begin again; return its exit status now."""
+        with self._lock:
+            try:
+                if not self._arranged:
+                    told = self._ask()
+                    if self._is_cancelled(told):
+                        print("this job was cancelled", flush=True)
+                        return error.exit_status
+                    self._begin(told)
+            except LaunchError as problem:
+                print(
+                    f"this job cannot be begun again ({problem}); its state is saved: `python -m pipeline retry` "
+                    "submits it",
+                    file=sys.stderr,
+                )
+                return error.exit_status
+        return Preempted.exit_status
+
+    def _ask(self) -> dict[str, str]:
+        """Return what SLURM says of this job, when it answers again."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return scheduler.show(self._job)
+            except LaunchError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(PAUSE_S)
+
+    def _begin(self, told: Mapping[str, str]) -> None:
+        if not _comes_by_itself(told):
+            try:
+                scheduler.requeue(self._job)
+            except LaunchError:
+                if not _comes_by_itself(told := self._ask()):
+                    if self._task is None or self._is_cancelled(told):
+                        raise
+                    successor = submit_successor(self._task, self._job)
+                    print(f"SLURM begins no job again here; SLURM job {successor} goes on with this task", flush=True)
+                    self._arranged = True
+                    return
+        self._arranged = True
+        print("SLURM begins this job again", flush=True)
+
+    def _is_cancelled(self, told: Mapping[str, str]) -> bool:
+        if told["JobState"] == "RUNNING" or _comes_by_itself(told) or told["Reason"] in OF_THE_CLUSTER:
+            return False
+        return not _was_preempted(told)
+
+
+def _comes_by_itself(told: Mapping[str, str]) -> bool:
+    return int(told["Restarts"]) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _was_preempted(told: Mapping[str, str]) -> bool:
+    """Return whether SLURM wrote into the log of a job that may not be begun again that others need its nodes."""
     try:
-        if scheduler.show(job)["JobState"] not in UNDER_WAY:
-            return error.exit_status
-        scheduler.requeue(job)
-    except LaunchError as problem:
-        print(f"this job cannot be begun again ({problem}); `python -m pipeline retry` submits it", file=sys.stderr)
-        return error.exit_status
-    print("SLURM begins this job again", flush=True)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(PATIENCE_S)
-    return Preempted.exit_status
+        log = Path(told["StdOut"]).read_bytes()[-TAIL_BYTES:]
+    except (OSError, KeyError):
+        return False
+    last = log.rpartition(b"*** JOB ")[2].partition(b"\n")[0]
+    return b"DUE TO PREEMPTION" in last and last.startswith(os.environ["SLURM_JOB_ID"].encode() + b" ")

@@ -6,7 +6,7 @@ Hydra's advice to add the key. Groups (`job=`, `stage=`, `run=`, `tracker=`, `mo
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +33,8 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
     """Compose the configuration of a command line and hand it to `act`, once for every point of a sweep.
 
     Args:
-        act: Takes the plain data and the name of the job if one was chosen; returns an exit status.
+        act: Takes the plain data and the name of the job if one was chosen; returns an exit status. Of a sweep under
+            SLURM every point is a job of its own name; one that is refused leaves the others as they are.
 
     Returns:
         The highest exit status.
@@ -42,16 +43,20 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
         ConfigError: If Hydra cannot compose it.
     """
     statuses = [0]
+    refused: list[str] = []
     failures: list[Exception] = []
 
     def entry(config: DictConfig) -> None:
         if statuses[-1] in STOPPED:  # the rest of a sweep
             return
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            point = " ".join(HydraConfig.get().overrides.task).replace("++", "")
-            print(f"\n[{len(statuses)}] {point}", flush=True)
         try:
-            statuses.append(act(*_resolve(config)))
+            data, job = _resolve(config)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                job = _name_point(data, job)
+                point = " ".join(HydraConfig.get().overrides.task).replace("++", "")
+                print(f"\n[{job if _is_slurm(data) else len(statuses)}] {point}", flush=True)
+            statuses.append(act(data, job))
+            refused.extend([job] if job and statuses[-1] and _is_slurm(data) else [])
         except Exception as error:  # kept for later: Hydra would print it in its own way
             failures.append(error)
 
@@ -69,7 +74,21 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
         raise ConfigError(f"command line: {problem}{hint if 'Lexer' in problem else ''}") from None
     if failures:
         raise failures[0]
+    if refused and len(statuses) > 2:
+        points = len(statuses) - 1
+        print(f"\n{points - len(refused)} of {points} points went through; refused: {', '.join(refused)}", flush=True)
     return max(statuses)
+
+
+def _is_slurm(data: Mapping[str, Any]) -> bool:
+    return isinstance(run := data.get("run"), dict) and run.get("kind") == "slurm"
+
+
+def _name_point(data: Mapping[str, Any], job: str | None) -> str | None:
+    """Return the name of a point of a sweep: under SLURM all of them run side by side, so each is a job of its own."""
+    if not _is_slurm(data):
+        return job
+    return f"{job or HydraConfig.get().runtime.choices.get('stage')}-{HydraConfig.get().job.num}"
 
 
 def _replace_mappings(config: DictConfig) -> None:

@@ -3,20 +3,24 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from pipeline.artifact import MANIFEST, WORK, open_artifact, write_json
+from pipeline.artifact import MANIFEST, WORK, Artifact, open_artifact, write_json
 from pipeline.env import STOP_SIGNALS, Share, StopRequest
 from pipeline.errors import ArtifactError, LaunchError
+from pipeline.jobs.evidence import launcher_runs
 from pipeline.launch import AnyRun
 from pipeline.launch.claim import live_claim
 from pipeline.launch.lock import locked
+from pipeline.launch.scheduler import NoSlurm
 from pipeline.launch.slurm import Slurm
 from pipeline.launch.srun import allocated
 from pipeline.perform import clear, perform, want
 from pipeline.plan import Command, Task
-from pipeline.record import TaskRecord, new_record, write_record
+from pipeline.record import TaskRecord, new_record, read_record, write_record
+from pipeline.refusals import refuse_live
 from pipeline.settings import encode
 from pipeline.worker import FrozenTask, commit
 
@@ -31,38 +35,68 @@ def execute(tasks: list[Task], command: Command, job: str | None, report: Callab
         PipelineError: The first failure; the artifacts of the tasks before it stay.
         Preempted: If a signal asked for a stop; what is done stays.
     """
-    root = Path(command.root)
+    root, planned = Path(command.root), {task.name: task for task in tasks}
+    frozen = [
+        freeze(task, command, job, allocated(task.run, task.stage) if isinstance(task.run, Slurm) else task.run)
+        for task in tasks
+    ]
+
+    def note(task: FrozenTask, made: Artifact) -> None:
+        planned[task.name].done = made
+        report(planned[task.name])
+
     with StopRequest().listening(*STOP_SIGNALS, signal.SIGHUP, signal.SIGINT) as stop:
         if job is not None and any(task.done is None for task in tasks):
+            refuse_running(root, job)
             made = [TaskRecord.of(task, task.run) for task in tasks]
-            write_record(root, new_record(job, "local", made, commit()))
-        for task in tasks:
-            if task.done is None:
-                if stop:
-                    raise stop.error(f"before {task.name}; the tasks before it are done")
-                _run(task, command, job, stop)
-                report(task)
-            assert task.done is not None
-            if job is not None:
-                link(root, job, task.name, task.done.path)
+            write_record(root, new_record(job, "local", made, commit()), frozen)
+        execute_frozen(root, frozen, job, stop, note)
 
 
-def _run(task: Task, command: Command, job: str | None, stop: StopRequest) -> None:
-    check_disk(task, command)
-    run = allocated(task.run, task.stage) if isinstance(task.run, Slurm) else task.run
-    frozen = freeze(task, command, job, run)
-    if frozen is not None:
-        perform(frozen, Share(world=run.ranks, first=0, count=run.ranks), stop)
-    task.done = open_artifact(task.directory, task.stage.produces)
+def refuse_running(root: Path, job: str) -> None:
+    """Refuse to start a job anew that is under way. Raises LaunchError with where it is."""
+    try:
+        record = read_record(root, job)
+    except ArtifactError:
+        return
+    if launcher_runs(record) and record.pid != os.getpid():  # a sweep runs several jobs of one name
+        raise LaunchError(
+            f"{job}: a job of this name is under way (process {record.pid} on {record.host}); wait for it "
+            f"(python -m pipeline wait {job}), or end it (python -m pipeline cancel {job})"
+        )
+    if record.launcher == "slurm":
+        with suppress(NoSlurm):  # brought here from a cluster
+            refuse_live(root, job)
 
 
-def freeze(task: Task, command: Command, job: str | None, run: AnyRun) -> FrozenTask | None:
-    """Write down a task for its ranks, and clear what a killed try left half-written; null if it has been made.
+def execute_frozen(
+    root: Path,
+    tasks: Sequence[FrozenTask],
+    job: str | None,
+    stop: StopRequest,
+    report: Callable[[FrozenTask, Artifact], None],
+) -> None:
+    """Run what is not done of frozen tasks, as `execute` does.
 
-    Raises:
-        LaunchError: If another run works in its directory, or a SLURM job is to.
+    Args:
+        report: Called with every task that was run, and what it made.
     """
-    frozen = FrozenTask(
+    for task in tasks:
+        directory = Path(task.directory)
+        if not (directory / MANIFEST).exists():
+            if stop:
+                raise stop.error(f"before {task.name}; the tasks before it are done")
+            check_disk(task, root)
+            if begin(task):
+                perform(task, Share(world=task.run.ranks, first=0, count=task.run.ranks), stop)
+            report(task, open_artifact(directory, task.stage.produces))
+        if job is not None:
+            link(root, job, task.name, directory)
+
+
+def freeze(task: Task, command: Command, job: str | None, run: AnyRun) -> FrozenTask:
+    """Return all that the ranks of a planned task need to know."""
+    return FrozenTask(
         name=task.name,
         where=task.where,
         job=job,
@@ -73,29 +107,42 @@ def freeze(task: Task, command: Command, job: str | None, run: AnyRun) -> Frozen
         fingerprint=task.fingerprint,
         directory=str(task.directory),
         run=run,
+        memory_bytes=task.memory_bytes,
         tracker=command.tracker,
     )
-    with locked(task.directory):
-        if (task.directory / MANIFEST).exists():  # another run has made it meanwhile
-            return None
-        if (claim := live_claim(task.directory)) is not None and claim.slurm != os.environ.get("SLURM_JOB_ID"):
-            raise LaunchError(
-                f"{task.directory}: SLURM job {claim.slurm} of {claim.job} is to work in it; cancel it first"
-            )
-        clear(task.directory)
-        write_json(task.directory / WORK / "task.json", encode(frozen))
-        if job is not None:
-            want(task.directory, job, task.name)
-    return frozen
 
 
-def check_disk(task: Task, command: Command) -> None:
-    """Look that there is room for the output. Raises ArtifactError with what is needed and what is free."""
-    artifacts = [open_artifact(path) for path in task.inputs.values() if (path / MANIFEST).exists()]
+def begin(task: FrozenTask) -> bool:
+    """Write a task down for its ranks, and clear what a killed try left half-written; false if it has been made.
+
+    Raises:
+        LaunchError: If another run works in its directory, or a SLURM job is to.
+    """
+    directory = Path(task.directory)
+    with locked(directory):
+        if (directory / MANIFEST).exists():  # another run has made it meanwhile
+            return False
+        if (claim := live_claim(directory)) is not None and claim.slurm != os.environ.get("SLURM_JOB_ID"):
+            raise LaunchError(f"{directory}: SLURM job {claim.slurm} of {claim.job} is to work in it; cancel it first")
+        clear(directory)
+        write_json(directory / WORK / "task.json", encode(task))
+        if task.job is not None:
+            want(directory, task.job, task.name)
+    return True
+
+
+def needed_bytes(task: FrozenTask) -> tuple[int, bool]:
+    """Return an estimate of the disk space that the output of a task needs, and whether all of its inputs are there."""
+    inputs = [Path(path) for path in task.inputs.values()]
+    artifacts = [open_artifact(path) for path in inputs if (path / MANIFEST).exists()]
     input_bytes = sum(record.bytes for artifact in artifacts for record in artifact.manifest.files.values())
     input_bytes += sum(int(size) for files in task.sources.values() for _, size, _ in files)
-    need = task.stage.disk_bytes(input_bytes, command.run)
-    root = Path(command.root)
+    return task.stage.disk_bytes(input_bytes, task.run), len(artifacts) == len(inputs)
+
+
+def check_disk(task: FrozenTask, root: Path) -> None:
+    """Look that there is room for the output. Raises ArtifactError with what is needed and what is free."""
+    need, _ = needed_bytes(task)
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     if need > free:

@@ -1,7 +1,7 @@
 """What a person sees: the settings of a stage, the plan before a job, the table after it; and artifacts by name."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +19,7 @@ from pipeline.settings import nearest
 from pipeline.stage import Stage
 from pipeline.stages import AnyStage
 from pipeline.stages.imported import open_input
+from pipeline.worker import FrozenTask
 
 
 def find_artifact(name: str, root: Path, *kinds: str, whole: bool = True) -> Artifact:
@@ -51,18 +52,22 @@ def print_plan(tasks: list[Task], command: Command) -> None:
     _print(f"{waiting} of {len(tasks)} tasks would run; nothing was started.")
 
 
-def print_submitted(record: JobRecord, tasks: list[Task]) -> None:
+def print_submitted(record: JobRecord, tasks: Sequence[FrozenTask]) -> None:
     """Print which SLURM job makes each task, and where."""
     table = _table("task", "SLURM job", "runs on", "directory")
     for task, submitted in zip(tasks, record.tasks, strict=True):
         job = submitted.slurm or "done"
         shared = f" of {submitted.shared_with}" if submitted.shared_with else ""
+        shared += f" after preflight {submitted.preflight}" if submitted.preflight else ""
         table.add_row(task.name, f"{job}{shared}", describe_run(task), submitted.directory)
     _print(table)
-    _print(f"submitted; how far it is: python -m pipeline status {record.name}")
+    if any(submitted.slurm for submitted in record.tasks):
+        _print(f"submitted; how far it is: python -m pipeline status {record.name}")
+    else:
+        _print("nothing to submit: all was made before (run.* and tracker say how, not what; a changed setting reruns)")
 
 
-def describe_run(task: Task) -> str:
+def describe_run(task: Task | FrozenTask) -> str:
     """Say what runs a task."""
     run = task.run
     ranks = f"{run.ranks} rank{'s' if run.ranks > 1 else ''}"
@@ -117,8 +122,12 @@ def _short(why: str) -> str:
 def print_task(task: Task) -> None:
     """Print one line for a task that has just ended."""
     if task.done is not None:
-        seconds = clock(task.done.manifest.made.seconds)
-        _print("  ".join([f"{task.name} done in {seconds}", *filter(None, task.stage.headline(task.done.stats))]))
+        _print(made_line(task.name, task.stage, task.done))
+
+
+def made_line(name: str, stage: Stage, made: Artifact) -> str:
+    """Return one line for a task that has ended well."""
+    return "  ".join([f"{name} done in {clock(made.manifest.made.seconds)}", *filter(None, stage.headline(made.stats))])
 
 
 def print_end(tasks: list[Task], ran: list[str], command: Command, job: str | None) -> None:

@@ -1,6 +1,7 @@
 """One frozen task, wherever it runs: begun under its lock, its ranks launched and begun again, its result published."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -24,10 +25,18 @@ WANTED = "wanted"  # in work/: JOB.TASK of every job that this is a task of
 PUBLISHED_LOCK = "lock-publish"
 
 
-def perform(task: FrozenTask, share: Share, stop: StopRequest) -> None:
+class Replaced(LaunchError):
+    """A later try has begun elsewhere, as when a node that was cut off comes back: nothing more is written here."""
+
+
+def perform(task: FrozenTask, share: Share, stop: StopRequest, anew: bool = True) -> None:
     """Run a share of the ranks of a frozen task, and publish its artifact when all of its ranks have ended.
 
     Ranks that are lost are begun again where this process may do so, `run.tries` times without progress.
+
+    Args:
+        anew: Whether a person has just begun this, so that earlier tries do not count; a job that SLURM has begun
+            again goes on counting all the same.
 
     Raises:
         PipelineError: Why it could not; the same is left in `work/result.json`.
@@ -37,6 +46,8 @@ def perform(task: FrozenTask, share: Share, stop: StopRequest) -> None:
     patience_s = 2 * STALE_S if slurm_job() else 0.0
     try:
         with locked(directory, LOCK + own, patience_s) as lock:
+            if anew and not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+                forget_tries(directory)
             if not (directory / MANIFEST).exists():
                 _run_ranks(task, share, own, lock, stop)
                 leave_result(directory, own, None)
@@ -46,6 +57,8 @@ def perform(task: FrozenTask, share: Share, stop: StopRequest) -> None:
             with locked(directory, PUBLISHED_LOCK, patience_s):
                 if not (directory / MANIFEST).exists() and _have_ended(directory, share.world):
                     _publish(task, own)
+    except Replaced:
+        raise
     except PipelineError as error:
         leave_result(directory, own, error)
         raise
@@ -55,21 +68,20 @@ def _run_ranks(task: FrozenTask, share: Share, own: str, lock: int, stop: StopRe
     directory = Path(task.directory)
     if not share.is_all and (directory / WORK / "ranks" / f"{share.first:05d}.json").exists():
         return None  # this element had ended before
-    if slurm_job() is None:
-        forget_tries(directory)  # a person begins anew
     error: PipelineError | None = None
     while True:
         idle = idle_tries(directory, own)
         if idle >= task.run.tries:
             last = error or last_problem(directory, own)
             raise LaunchError(f"{directory}: begun {idle} times without any progress; the last time: {last}")
+        if error is not None:
+            print(f"{task.name}: {error}\n{task.name}: begun again", flush=True)
         try:
             return _try(task, share, own, lock, stop)
         except (Lost, Preempted) as problem:
             if stop or isinstance(task.run, Slurm) or task.run.tries == 1:
                 raise  # SLURM begins it again, where it can be on other machines
             error = problem
-            print(f"{task.name}: {problem}\n{task.name}: begun again", flush=True)
 
 
 def _try(task: FrozenTask, share: Share, own: str, lock: int, stop: StopRequest) -> None:
@@ -83,8 +95,20 @@ def _try(task: FrozenTask, share: Share, own: str, lock: int, stop: StopRequest)
             srun.launch(directory, task.run, share, (attempt, name), stop)
         else:
             local.launch(directory, task.run, attempt, lock, stop)
+    except PipelineError as error:
+        _check_replaced(directory, name, attempt, error)
+        raise
     finally:
         check_sources(task, undo=True)  # what was read is what the fingerprint says
+    _check_replaced(directory, name, attempt, None)
+
+
+def _check_replaced(directory: Path, name: str, attempt: int, error: PipelineError | None) -> None:
+    with suppress(OSError, ValueError):
+        if int((directory / WORK / name).read_text("ascii")) != attempt:
+            raise Replaced(
+                f"{directory}: try {attempt} was followed by another one; nothing more is written"
+            ) from error
 
 
 def clear(directory: Path) -> None:

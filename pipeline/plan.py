@@ -14,6 +14,7 @@ from pipeline.artifact import MANIFEST, WORK, Artifact, open_artifact, read_mani
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.launch import AnyRun
 from pipeline.launch.local import Local
+from pipeline.launch.slurm import Slurm
 from pipeline.remote import is_url
 from pipeline.settings import Input, Settings, Source, decode, encode, fingerprint, marked, nearest
 from pipeline.stage import Stage, TaskName
@@ -58,6 +59,7 @@ class Task:
         outside: Path or URL of the artifacts that no task of the job makes, by the same.
         inputs: Directory of each input, by the same.
         sources: Identity of its raw files at planning, by the same.
+        memory_bytes: What each rank needs at the least; null where that is not known.
         done: Its artifact, if that is complete.
         why: Why it must run, if it is not.
     """
@@ -72,6 +74,7 @@ class Task:
     sources: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     directory: Path = Path()
+    memory_bytes: int | None = None
     done: Artifact | None = None
     why: str = ""
 
@@ -100,6 +103,8 @@ def plan(command: Command, job: str | None) -> list[Task]:
         stages = {str(command.stage.kind): (command.stage, "stage")}
     else:
         stages = {name: (stage, f"tasks.{name}") for name, stage in command.tasks.items()}
+    if command.stage is None and isinstance(command.run, Slurm):
+        _check_names(command.run, list(stages))
     tasks = {name: Task(name, where, stage, command.run.of(name, stage)) for name, (stage, where) in stages.items()}
     _connect(tasks)
     ordered = _order(tasks)
@@ -108,6 +113,14 @@ def plan(command: Command, job: str | None) -> list[Task]:
     for task in ordered:
         _place(task, tasks, outside[task.name], command, job)
     return ordered
+
+
+def _check_names(run: Slurm, names: list[str]) -> None:
+    """Refuse settings for tasks that the job does not have."""
+    unknown = [name for name in run.tasks if name not in names]
+    problems = [f"run.tasks.{name}: the job has no such task{nearest(name, names)}" for name in unknown]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _connect(tasks: Mapping[str, Task]) -> None:
@@ -161,8 +174,10 @@ def _check(ordered: list[Task], tasks: Mapping[str, Task], outside: Mapping[str,
             upstream |= {f"{name}/{inner}": tasks[one].stage for inner, one in tasks[other].needs.items()}
         for name, artifact in outside[task.name].items():
             upstream[name] = stage_of(artifact)
-        for name, problem in task.stage.check(upstream, task.run):
+        found = list(task.stage.check(upstream, task.run))
+        for name, problem in found:
             problems.append(problem if problem.startswith("run.") else f"{task.where}.{name}: {problem}")
+        task.memory_bytes = None if found else task.stage.memory_bytes(upstream, task.run)
     if problems:
         raise ConfigError(*problems)
 
@@ -196,13 +211,13 @@ def _place(
     if more := task.stage.identity(task.run):
         identity["more"] = more
     task.fingerprint = fingerprint(identity)
-    task.directory = root / task.stage.produces / f"{task.name}-{task.fingerprint}"
-    for path in [task.directory, *sorted(task.directory.parent.glob(f"*-{task.fingerprint}"))]:
-        if (path / MANIFEST).is_file():
-            task.done, task.directory = open_artifact(path, task.stage.produces), path
-            if task.done.manifest.fingerprint != task.fingerprint:
-                raise ArtifactError(f"{path}: its manifest has another fingerprint; delete it and run this again")
-            break
+    own = root / task.stage.produces / f"{task.name}-{task.fingerprint}"
+    places = [own, *sorted(own.parent.glob(f"*-{task.fingerprint}"))]  # another job may call the same task otherwise
+    task.directory = next((path for path in places if (path / WORK / "task.json").is_file()), own)
+    if (made := next((path for path in places if (path / MANIFEST).is_file()), None)) is not None:
+        task.done, task.directory = open_artifact(made, task.stage.produces), made
+        if task.done.manifest.fingerprint != task.fingerprint:
+            raise ArtifactError(f"{made}: its manifest has another fingerprint; delete it and run this again")
     task.inputs = {name: artifact.path for name, artifact in outside.items()}
     task.inputs |= {name: tasks[other].directory for name, other in task.needs.items()}
     if task.done is None:

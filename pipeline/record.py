@@ -5,19 +5,24 @@ runs from SLURM: the record itself never claims success.
 """
 
 import json
+import os
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.artifact import write_json
 from pipeline.errors import ArtifactError
 from pipeline.launch import AnyRun
+from pipeline.launch.lock import slurm_job
 from pipeline.plan import Task
 from pipeline.settings import Settings, decode, encode, nearest
+from pipeline.worker import FrozenTask
 
 RECORD = "job.json"
+FROZEN = "tasks.json"  # beside it: the tasks as they were when the job was started
 
 
 class TaskRecord(Settings):
@@ -67,6 +72,9 @@ class JobRecord(Settings):
         commit: Of the code; null outside a checkout.
         code: Directory of the code that its SLURM jobs run; null where that is the caller's own.
         submitted: When, in UTC.
+        host: Machine of the process that runs it, where it is run by one, and
+        pid: the number of that process, and
+        allocation: the SLURM job that this process is in.
         tasks: In the order in which they can run.
     """
 
@@ -78,6 +86,9 @@ class JobRecord(Settings):
     commit: str | None
     code: str | None = None
     submitted: str
+    host: str | None = None
+    pid: int | None = None
+    allocation: str | None = None
     tasks: list[TaskRecord]
 
 
@@ -92,16 +103,38 @@ def new_record(
         directory=str(Path.cwd()),
         commit=commit,
         code=code,
-        submitted=datetime.now(UTC).isoformat(timespec="seconds"),
+        submitted=now(),
+        **(launcher_here() if launcher == "local" else {}),
         tasks=tasks,
     )
 
 
-def write_record(root: Path, record: JobRecord) -> None:
-    """Write a record down, in the place of the last one of its name."""
+def now() -> str:
+    """Return the time in UTC, as a record has it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def launcher_here() -> dict[str, Any]:
+    """Return what a record says of this process as the one that runs the job."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "allocation": slurm_job()}
+
+
+def write_record(root: Path, record: JobRecord, tasks: Sequence[FrozenTask]) -> None:
+    """Write a record and the frozen tasks of its job down, in the place of the last ones of its name."""
     directory = root / "jobs" / record.name
     directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / FROZEN, {"tasks": [encode(task) for task in tasks]})
     write_json(directory / RECORD, encode(record))
+
+
+def read_frozen(root: Path, name: str) -> list[FrozenTask]:
+    """Return the tasks of a job as they were frozen when it was started. Raises ArtifactError if they are not there."""
+    path = root / "jobs" / name / FROZEN
+    try:
+        tasks = json.loads(path.read_text("utf-8"))["tasks"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({error}); start the job again") from None
+    return [decode(FrozenTask, task, where=str(path)) for task in tasks]
 
 
 def read_record(root: Path, name: str) -> JobRecord:
@@ -114,9 +147,3 @@ def read_record(root: Path, name: str) -> JobRecord:
         raise ArtifactError(f"{name}: no job of this name was started in {root}{nearest(name, known)}") from None
     except ValueError as error:
         raise ArtifactError(f"{path}: damaged ({error}); start the job again") from None
-
-
-def read_records(root: Path) -> Iterator[JobRecord]:
-    """Yield the records of all jobs, by name."""
-    for path in sorted((root / "jobs").glob(f"*/{RECORD}")):
-        yield read_record(root, path.parent.name)

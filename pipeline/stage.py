@@ -201,6 +201,14 @@ class Stage(Choice):
         """Return an estimate of the disk space that the output needs, given the size of all inputs."""
         return input_bytes
 
+    def memory_bytes(self, upstream: Mapping[str, "Stage"], run: Run) -> int | None:
+        """Return an estimate of the memory that a rank needs at the least; null where that is not known.
+
+        Args:
+            upstream: As of `check`.
+        """
+        return None
+
     def verify(self, artifact: Artifact, inputs: Mapping[str, Artifact]) -> Iterator[str]:
         """Yield, a line each, what is wrong with an artifact of this stage though its checksums are right.
 

@@ -1,169 +1,189 @@
 """Submits a planned job to SLURM: freezes the tasks and the code, and leaves one job of SLURM for each task."""
 
-import hashlib
-import os
-import shutil
 import sys
 import uuid
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from pipeline.errors import ArtifactError, LaunchError
-from pipeline.execute import check_disk, freeze, link
+from pipeline.artifact import MANIFEST, WORK
+from pipeline.batch import (
+    code_place,
+    environment,
+    keep_code,
+    needs_preflight,
+    preflight_asks,
+    preflight_words,
+    task_words,
+)
+from pipeline.errors import ConfigError, LaunchError
+from pipeline.execute import begin, check_disk, freeze, link
 from pipeline.launch import scheduler
-from pipeline.launch.claim import live_claim, write_claim
-from pipeline.launch.local import PACKAGE
+from pipeline.launch.claim import Claim, forget_claim, live_claim, write_claim
 from pipeline.launch.lock import forget_tries
-from pipeline.launch.slurm import Slurm, sbatch_flags
+from pipeline.launch.slurm import Slurm
 from pipeline.operate import print_submitted
 from pipeline.perform import want
 from pipeline.plan import Command, Task
-from pipeline.record import JobRecord, TaskRecord, new_record, read_record, write_record
-from pipeline.worker import commit
-
-SCRIPT = next((p for p in (PACKAGE / "slurm/stage.sbatch", PACKAGE.parent / "slurm/stage.sbatch") if p.is_file()), None)
-NOT_CODE = shutil.ignore_patterns("__pycache__", "conf", "slurm")
+from pipeline.preflight import RESULT
+from pipeline.record import JobRecord, TaskRecord, new_record, write_record
+from pipeline.refusals import Cluster, bounded, read_cluster, refusals, refuse_live, refuse_working
+from pipeline.sharing import deciding, unwant
+from pipeline.worker import FrozenTask, commit
 
 
 def submit(tasks: list[Task], command: Command, job: str | None) -> JobRecord:
     """Submit what is not done and is not being made already; all of it or, where SLURM refuses a task, nothing.
 
     Raises:
+        ConfigError: With everything that the cluster would refuse.
         LaunchError: If a job of this name is running, a task cannot be submitted, or there is no SLURM here.
         ArtifactError: If there is not room for an output.
     """
-    root, name = Path(command.root), job or tasks[0].name
-    live = live_jobs(root, name)
-    if live:
-        raise LaunchError(
-            f"{name}: a job of this name is under way (SLURM job {', '.join(live)}); wait for it "
-            f"(python -m pipeline status {name}), or end it (python -m pipeline cancel {name})"
-        )
-    submission = Submission(root, name, keep_code(root))
+    root, cluster = Path(command.root), read_cluster()
+    fit_arrays(tasks, cluster)
+    record, frozen = frozen_job(tasks, command, job)
+    assert isinstance(command.run, Slurm)
+    return submit_frozen(root, record, frozen, cluster, command.run)
+
+
+def frozen_job(tasks: list[Task], command: Command, job: str | None) -> tuple[JobRecord, list[FrozenTask]]:
+    """Return the record of a job that nobody has submitted, and its frozen tasks; nothing is written."""
+    name = job or tasks[0].name
+    frozen = [freeze(task, command, name, task.run) for task in tasks]
+    records = [TaskRecord.of(task, task.run) for task in tasks]
+    return new_record(name, "slurm", records, commit(), str(code_place(Path(command.root)))), frozen
+
+
+def fit_arrays(tasks: Iterable[Task], cluster: Cluster) -> None:
+    """Let no array be longer than the cluster allows, and say where one would have been."""
+    for task in tasks:
+        run = task.run
+        if isinstance(run, Slurm) and task.stage.ranks == "units" and task.done is None:
+            task.run = bounded(run, cluster)
+            if task.run.ranks < run.ranks:
+                print(
+                    f"{task.name}: an array of {task.run.ranks} instead of run.array={run.ranks}: this cluster's "
+                    "MaxArraySize allows no longer one",
+                    flush=True,
+                )
+
+
+def submit_frozen(
+    root: Path,
+    planned: JobRecord,
+    tasks: Sequence[FrozenTask],
+    cluster: Cluster | None = None,
+    said: Slurm | None = None,
+) -> JobRecord:
+    """Submit what is not done of frozen tasks; return the record with the SLURM jobs that make them.
+
+    Args:
+        planned: The record of the job, of tasks that wait for nothing yet.
+        said: The settings as the command line said them, for messages.
+
+    Raises:
+        ConfigError, LaunchError, ArtifactError: As `submit`.
+    """
+    cluster = cluster or read_cluster()
+    refuse_live(root, planned.name)
+    refuse_working(tasks)
+    if problems := refusals(root, tasks, cluster, said):
+        raise ConfigError(*problems)
+    for task in tasks:
+        if not (Path(task.directory) / MANIFEST).exists():
+            check_disk(task, root)
+    if planned.code == str(code_place(root)):
+        keep_code(root)
+    submission = Submission(root, planned, cluster)
     try:
-        for task in tasks:
-            submission.add(task, command)
+        for task, alone in zip(tasks, planned.tasks, strict=True):
+            submission.add(task, alone)
     except BaseException:
-        scheduler.cancel(submission.submitted)
+        submission.undo()
         raise
     record = submission.record()
-    write_record(root, record)
+    write_record(root, record, tasks)
     print_submitted(record, tasks)
     return record
-
-
-def live_jobs(root: Path, name: str) -> list[str]:
-    """Return the ids of the SLURM jobs of a job that wait or run."""
-    try:
-        record = read_record(root, name)
-    except ArtifactError:
-        return []
-    ids = [task.slurm for task in record.tasks if task.slurm and not task.shared_with]
-    return sorted({seen.id.partition("_")[0] for seen in scheduler.look(ids).values() if not seen.is_over})
 
 
 class Submission:
     """A job while its tasks are submitted, one after another in an order in which they can run."""
 
-    def __init__(self, root: Path, name: str, code: Path) -> None:
-        self.root, self.name, self.code = root, name, code
-        self.submitted: list[str] = []
+    def __init__(self, root: Path, planned: JobRecord, cluster: Cluster) -> None:
+        self.root, self.planned, self.cluster = root, planned, cluster
         self._records: dict[str, TaskRecord] = {}
-        self._partitions, self._max_array = scheduler.partitions(), scheduler.max_array()
+        self._submitted: list[str] = []  # ids
+        self._begun: list[Path] = []  # directories
+        self._preflights: dict[str, str] = {}  # id of the SLURM job that tries nodes, by what it asks for
 
     def record(self) -> JobRecord:
         """Return the record of what was submitted."""
-        return new_record(self.name, "slurm", list(self._records.values()), commit(), str(self.code.absolute()))
+        return self.planned.model_copy(update={"tasks": list(self._records.values())})
 
-    def add(self, task: Task, command: Command) -> None:
+    def add(self, task: FrozenTask, record: TaskRecord) -> None:
         """Submit a task, unless it is done or another job has submitted it."""
-        run = task.run
-        assert isinstance(run, Slurm)
-        record = TaskRecord.of(task, run).model_copy(update={"is_array": task.stage.ranks == "units"})
-        if task.done is not None:
-            link(self.root, self.name, task.name, task.done.path)
-        elif (claim := live_claim(task.directory)) is not None:
-            want(task.directory, self.name, task.name)
-            record = record.model_copy(update={"slurm": claim.slurm, "shared_with": claim.job})
+        directory = Path(task.directory)
+        record = record.model_copy(update={"is_array": task.stage.ranks == "units"})
+        if (directory / MANIFEST).exists():
+            link(self.root, self.planned.name, task.name, directory)
         else:
-            record = self._submit(task, run, command, record)
+            with deciding(directory):
+                claim = live_claim(directory)
+                record = self._submit(task, record) if claim is None else self._share(directory, record, claim)
         self._records[task.name] = record
 
-    def _submit(self, task: Task, run: Slurm, command: Command, record: TaskRecord) -> TaskRecord:
-        check_disk(task, command)
-        if freeze(task, command, self.name, run) is None:
-            return record
-        forget_tries(task.directory)
-        after = [other for name in record.needs if (other := self._records[name].slurm) is not None]
-        token = f"pipeline {uuid.uuid4().hex}"
-        words = self.words(task, run, after, token)
-        (task.directory / "logs").mkdir(exist_ok=True)
-        job = scheduler.submit(words, environment(run, self.code), token)
-        self.submitted.append(job)
-        write_claim(task.directory, self.name, job)
-        return record.model_copy(update={"slurm": job})
+    def _share(self, directory: Path, record: TaskRecord, claim: Claim) -> TaskRecord:
+        """Let this job wait for what a SLURM job makes that was submitted already."""
+        want(directory, self.planned.name, record.name)
+        if (directory / MANIFEST).exists():  # it has just ended, and has led to it whoever wanted it till then
+            link(self.root, self.planned.name, record.name, directory)
+        other = None if claim.job == self.planned.name else claim.job  # itself, before it was cancelled
+        return record.model_copy(update={"slurm": claim.slurm, "shared_with": other})
 
-    def words(self, task: Task, run: Slurm, after: list[str], token: str) -> list[str]:
-        """Return the command that submits a task.
-
-        Args:
-            after: Ids of the SLURM jobs that have to end well before.
-            token: A comment that no other job has.
-        """
-        partition = self._partitions.get(run.partition or "") or next(
-            (one for one in self._partitions.values() if one.is_default), None
-        )
-        limit_s = partition.limit_s if partition else None
-        directory = task.directory.absolute()
-        log = "job-%5a.log" if task.stage.ranks == "units" else "job.log"
-        dependency = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
-        return [
-            "sbatch",
-            "--parsable",
-            f"--job-name={self.name}.{task.name}",
-            f"--comment={token}",
-            f"--output={str(directory).replace('%', '%%')}/logs/{log}",
-            f"--chdir={Path.cwd()}",
-            "--open-mode=append",
-            "--requeue",
-            f"--signal=B:USR2@{run.notice_s}",
-            "--export=ALL",
-            *dependency,
-            *sbatch_flags(run, task.stage, limit_s),
-            str(script()),
-            "task",
-            str(directory),
-        ]
-
-
-def script() -> Path:
-    """Return slurm/stage.sbatch. Raises LaunchError if this installation has none."""
-    if SCRIPT is None:
-        raise LaunchError(f"{PACKAGE}: there is no slurm/stage.sbatch beside it; install the package again")
-    return SCRIPT
-
-
-def environment(run: Slurm, code: Path) -> dict[str, str]:
-    """Return the variables that tell slurm/stage.sbatch how to begin."""
-    python = run.python or ("python" if run.setup else sys.executable)
-    return {
-        "PIPELINE_SETUP": "\n".join(run.setup),
-        "PIPELINE_PYTHON": python,
-        "PIPELINE_CODE": str(code.absolute()),
-    }
-
-
-def keep_code(root: Path) -> Path:
-    """Copy the code that runs now to where no edit reaches it, `<root>/code/<hash>`; return that directory."""
-    digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.*")):
-        if path.is_file() and not {"__pycache__", "conf", "slurm"} & set(path.relative_to(PACKAGE).parts):
-            digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
-    kept = root / "code" / digest.hexdigest()[:16]
-    if not kept.exists():
-        temporary = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
-        shutil.copytree(PACKAGE, temporary / PACKAGE.name, ignore=NOT_CODE)
+    def undo(self) -> None:
+        """Leave nothing submitted, and nothing claimed."""
         try:
-            temporary.rename(kept)
-        except OSError:  # another submission was faster
-            shutil.rmtree(temporary)
-    return kept
+            scheduler.cancel(self._submitted)
+        except LaunchError as error:
+            left = " ".join(self._submitted)
+            print(f"what was submitted could not be cancelled ({error}); later: scancel {left}", file=sys.stderr)
+            return
+        for directory in self._begun:
+            forget_claim(directory)
+            unwant(directory, self.planned.name)
+
+    def _submit(self, task: FrozenTask, record: TaskRecord) -> TaskRecord:
+        directory = Path(task.directory)
+        if not begin(task):  # somebody has just made it without SLURM
+            link(self.root, self.planned.name, task.name, directory)
+            return record
+        self._begun.append(directory)
+        forget_tries(directory)
+        (directory / "logs").mkdir(exist_ok=True)
+        after = [other for name in record.needs if (other := self._records[name].slurm) is not None]
+        preflight = self._try_nodes(task) if needs_preflight(task) else None
+        after += [preflight] if preflight else []
+        assert isinstance(task.run, Slurm)
+        limit_s = self.cluster.limit_s(task.run)
+        slurm = self._sbatch(task, lambda token: task_words(self.planned, task, limit_s, after, token))
+        write_claim(directory, self.planned.name, slurm)
+        return record.model_copy(update={"slurm": slurm, "preflight": preflight})
+
+    def _try_nodes(self, task: FrozenTask) -> str:
+        """Return the SLURM job that tries the nodes of a task: one for all tasks that ask for the same."""
+        assert isinstance(task.run, Slurm)
+        (Path(task.directory) / WORK / RESULT).unlink(missing_ok=True)
+        limit_s = self.cluster.limit_s(task.run)
+        asked = preflight_asks(task)
+        if asked not in self._preflights:
+            self._preflights[asked] = self._sbatch(
+                task, lambda token: preflight_words(self.planned, task, limit_s, token)
+            )
+        return self._preflights[asked]
+
+    def _sbatch(self, task: FrozenTask, words: Callable[[str], list[str]]) -> str:
+        token = f"pipeline {uuid.uuid4().hex}"
+        slurm = scheduler.submit(words(token), environment(task, self.planned.code), token)
+        self._submitted.append(slurm)
+        return slurm

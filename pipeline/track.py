@@ -1,21 +1,28 @@
 """Where numbers go: `metrics.jsonl` in the artifact, and beside it Weights & Biases or TensorBoard.
 
 One artifact is one run: its tracker run is named by its fingerprint, so a resumed task continues the same run, on one
-axis of steps. `metrics.jsonl` is the record; what a tracker loses in a crash is in it.
+axis of steps. `metrics.jsonl` is the record; what a tracker loses in a crash is in it, and `upload` makes up for it.
 """
 
+import io
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
+from pipeline.errors import ConfigError, LaunchError
 from pipeline.settings import Choice
 
 METRICS = "metrics.jsonl"
+PATIENCE_S = 30  # for an answer of W&B
+State = Literal["finished", "failed", "unfinished"]
 
 
 class Tracker:
@@ -47,7 +54,12 @@ class TensorBoard(Choice):
 
 
 class Wandb(Choice):
-    """Weights & Biases; without an account, offline files in `wandb/` of the artifact, to be synced later."""
+    """Weights & Biases; without an account or in a SLURM job, offline files in `wandb/` of the artifact.
+
+    Attributes:
+        mode: Null is online where an account is set up, but offline in a SLURM job, whose node may have no network;
+            `python -m pipeline sync` uploads from where there is one.
+    """
 
     kind: Literal["wandb"] = "wandb"
     project: str = "pipeline"
@@ -146,7 +158,7 @@ class WandbTracker(Tracker):
     def __init__(self, choice: Wandb, directory: Path, run_id: str, name: str, config: Mapping[str, Any]) -> None:
         import wandb
 
-        mode = choice.mode or ("online" if _has_account() else "offline")
+        mode = choice.mode or ("online" if _has_account() and "SLURM_JOB_ID" not in os.environ else "offline")
         self.run = wandb.init(
             project=choice.project,
             entity=choice.entity,
@@ -168,7 +180,7 @@ class WandbTracker(Tracker):
         """Finish the run; say how to sync one that is offline."""
         self.run.finish(exit_code=1 if failed else 0)
         if self.mode == "offline":
-            print(f"wandb: offline; to upload: wandb sync {self.directory}/wandb/offline-run-*", flush=True)
+            print(f"wandb: offline; to upload: python -m pipeline sync {self.directory}", flush=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -182,9 +194,81 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
+def upload(
+    choice: Wandb, run_id: str, name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, float]], state: State
+) -> tuple[int, int]:
+    """Bring the rows of a `metrics.jsonl` that W&B lacks into its run, and mark how the run ended.
+
+    Args:
+        state: W&B knows no state of a run that will go on later but "preempted": that is what "unfinished" becomes.
+
+    Returns:
+        How many rows were sent, and the last step that W&B had before.
+
+    Raises:
+        ConfigError: If no account is set up, or W&B does not take it.
+        LaunchError: If W&B cannot be reached, or does not take what is sent.
+    """
+    if not _has_account():
+        raise ConfigError("W&B: no account is set up here; `wandb login`, or WANDB_API_KEY in the environment, does it")
+    os.environ["WANDB_SILENT"] = "false"
+    import wandb
+
+    said = io.StringIO()  # W&B does not raise that it could not send something, but says so
+    try:
+        with TemporaryDirectory() as scratch, redirect_stderr(said):
+            run = _open_online(choice, run_id, name, config, scratch)
+            lacking = [row for row in rows if row["step"] >= run.starting_step]
+            for row in lacking:
+                numbers = {key: value for key, value in row.items() if key not in ("step", "time")}
+                run.log({**numbers, "_timestamp": row["time"]}, step=int(row["step"]))
+            if state == "unfinished":
+                run.mark_preempting()
+            run.finish(exit_code=0 if state == "finished" else 1)
+    except wandb.errors.AuthenticationError as error:
+        raise ConfigError(f"W&B: {_in_one_line(str(error))}") from None
+    except wandb.Error as error:
+        raise LaunchError(f"W&B: {_in_one_line(str(error))}; what is not there yet comes with the next sync") from None
+    if "Fatal error" in said.getvalue():
+        raise LaunchError(f"W&B: {name}: not all that was sent was taken; the next sync sends the rest")
+    return len(lacking), run.starting_step - 1
+
+
+def _open_online(choice: Wandb, run_id: str, name: str, config: Mapping[str, Any], scratch: str) -> Any:
+    """Open a run of W&B that may be there already."""
+    import wandb
+
+    return wandb.init(
+        project=choice.project,
+        entity=choice.entity,
+        id=run_id,
+        name=name,
+        resume="allow",
+        mode="online",
+        dir=scratch,
+        config=dict(config),
+        settings=wandb.Settings(
+            console="off",
+            init_timeout=PATIENCE_S,
+            x_disable_stats=True,
+            x_disable_meta=True,  # of this machine, which is not the one that trained
+            disable_git=True,
+            x_graphql_retry_max=5,
+            x_file_stream_retry_max=5,
+            x_file_stream_retry_wait_max_seconds=PATIENCE_S / 5,
+        ),
+    )
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
 def _has_account() -> bool:
     """Return whether Weights & Biases would find an API key without asking."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return netrc.exists() and "wandb" in netrc.read_text("utf-8")
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "wandb"
+    known = netrc.read_text("utf-8") if netrc.exists() else ""
+    return host in known or "wandb" in known

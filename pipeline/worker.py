@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 import pipeline
 from pipeline.artifact import WORK, InputRecord, Made, Manifest, is_disk_full, open_artifact, write_manifest
 from pipeline.env import ATTEMPT, ATTEMPT_NAME, Ranks, StopRequest, read_ranks
-from pipeline.errors import ArtifactError, PipelineError
+from pipeline.errors import ArtifactError, PipelineError, TrainingError
 from pipeline.launch import AnyRun
-from pipeline.launch.failures import leave_reason
+from pipeline.launch.failures import leave_reason, short_of_memory
 from pipeline.settings import Settings, decode, encode
 from pipeline.stage import ATTEMPT_FILE, HEARTBEATS, PARTIAL, SCRATCH, Context, read_outputs
 from pipeline.stages import AnyStage
@@ -34,6 +34,7 @@ class FrozenTask(Settings):
         inputs: Directory of each input artifact, by the dotted path of the setting that names it.
         sources: Identity of its raw files at planning, by the same.
         commit: Commit of the code at submission, with a + if it was edited since; null outside a checkout.
+        memory_bytes: What each rank needs at the least, as `Stage.memory_bytes` estimates it.
     """
 
     name: str
@@ -46,7 +47,13 @@ class FrozenTask(Settings):
     fingerprint: str
     directory: str
     run: AnyRun
+    memory_bytes: int | None = None
     tracker: AnyTracker
+
+    @property
+    def title(self) -> str:
+        """What people call it: JOB.TASK."""
+        return f"{self.job}.{self.name}" if self.job else self.name
 
 
 def read_task(path: Path) -> FrozenTask:
@@ -62,8 +69,7 @@ def context(task: FrozenTask, ranks: Ranks) -> Context:
     """Open the inputs of a task for one of its ranks."""
     directory = Path(task.directory)
     inputs = {name: open_artifact(Path(path), where=f"{task.name}.{name}") for name, path in task.inputs.items()}
-    title = f"{task.job}.{task.name}" if task.job else task.name
-    run_id = f"{task.name}-{task.fingerprint}"
+    run_id = directory.name  # TASK-FINGERPRINT, whatever another job that continues it calls the task
     return Context(
         task=task.name,
         directory=directory,
@@ -73,7 +79,7 @@ def context(task: FrozenTask, ranks: Ranks) -> Context:
         attempt=int(os.environ.get(ATTEMPT, "0")),
         attempt_name=os.environ.get(ATTEMPT_NAME, ATTEMPT_FILE),
         leave_reason=lambda error: leave_reason(directory, ranks.rank, error),
-        open_tracker=lambda step: open_tracker(task.tracker, directory, run_id, title, encode(task.stage), step),
+        open_tracker=lambda step: open_tracker(task.tracker, directory, run_id, task.title, encode(task.stage), step),
     )
 
 
@@ -134,10 +140,23 @@ def main(stop: StopRequest) -> None:
         work(read_task(Path(sys.argv[1])), stop)
     except PipelineError as error:
         _fail(directory, error)
-    except OSError as error:
-        if not is_disk_full(error):
+    except Exception as error:
+        if isinstance(error, OSError) and is_disk_full(error):
+            full = ArtifactError(f"{directory}: the disk is full; make room and run the same command again")
+            _fail(directory, full)
+        if not is_out_of_memory(error):
             raise
-        _fail(directory, ArtifactError(f"{directory}: the disk is full; make room and run the same command again"))
+        where = f"{directory}: rank {read_ranks().rank} on {platform.node()} ran out of memory"
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        _fail(directory, TrainingError(f"{where}: {short_of_memory(directory)} ({said})"))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory was asked for and not given: by Python, the machine or, as torch says it, a GPU."""
+    words = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
+    )
 
 
 def _fail(directory: Path, error: PipelineError) -> NoReturn:

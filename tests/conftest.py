@@ -24,3 +24,14 @@ def tiny_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("tiny") / "artifacts"
     run_pipeline("job=tiny", f"root={root}")
     return root
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Says loudly what was skipped for want of a SLURM, for a folded line among passes is easily missed."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "NOT TESTED" in str(report.longrepr)]
+    if skipped:
+        terminalreporter.section("NOT TESTED", sep="!", red=True)
+    for reason in sorted({report.longrepr[2] for report in skipped}):
+        terminalreporter.write_line(reason.removeprefix("Skipped: "))
+    for report in skipped:
+        terminalreporter.write_line(f"  {report.nodeid}")

@@ -14,10 +14,14 @@ def command(*arguments: object) -> list[str]:
 
 def run_pipeline(*arguments: object, status: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command line to its end; it must exit with `status`, and never with a traceback."""
+    return run_command("--config-dir", PROJECT / "tests/conf", *arguments, status=status, **variables)
+
+
+def run_command(*words: object, status: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The same for a command about jobs that were started."""
     environment = {**os.environ, "PYTHONWARNINGS": "", "WANDB_MODE": "offline", **variables}
-    done = subprocess.run(
-        command(*arguments), cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=600
-    )
+    line = [sys.executable, "-m", "pipeline", *map(str, words)]
+    done = subprocess.run(line, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == status, f"exit status {done.returncode}, wanted {status}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr + done.stdout, done.stderr + done.stdout
     return done

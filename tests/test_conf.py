@@ -7,9 +7,13 @@ import yaml
 from support import PROJECT, run_pipeline
 
 from pipeline.compose import compose
+from pipeline.launch.local import Local
+from pipeline.launch.slurm import Slurm, sbatch_flags
 from pipeline.plan import Command
 from pipeline.settings import decode
 from pipeline.stages import AnyStage
+from pipeline.stages.clean import Clean
+from pipeline.stages.pretrain import Pretrain
 
 JOBS = sorted(path.stem for path in (PROJECT / "jobs").glob("*.yaml"))
 KINDS = {"stage", "run", "tracker", "model"}
@@ -27,15 +31,46 @@ def test_every_job_composes_decodes_and_plans(job, tmp_path):
 
 
 @pytest.mark.parametrize("group", ["run", "tracker"])
-def test_every_preset_decodes(group):
+def test_every_preset_composes_and_decodes(group):
     for path in (PROJECT / "conf" / group).glob("*.yaml"):
-        settings = yaml.safe_load(path.read_text())
-        assert settings["kind"] == path.stem
-        command = decode(Command, {group: settings})
-        written = getattr(command, group).model_dump(mode="json")
-        assert {key: written[key] for key in settings if settings[key] != {}} == {
-            k: v for k, v in settings.items() if v != {}
-        }
+        settings = composed(f"{group}={path.stem}")[group]
+        written = getattr(decode(Command, {group: settings}), group).model_dump(mode="json")
+        assert holds(written, settings), path.name
+        assert holds(
+            settings, {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "defaults"}
+        )
+
+
+def test_the_presets_of_the_launchers_name_every_setting():
+    for launcher in (Local, Slurm):
+        kind = launcher.model_fields["kind"].default
+        named = set(yaml.safe_load((PROJECT / f"conf/run/{kind}.yaml").read_text()))
+        assert named | {"ranks"} == set(launcher.model_fields), kind
+
+
+@pytest.mark.parametrize("cluster", ["cpu_cluster", "a100", "h100_ib"])
+def test_data_tasks_of_the_example_clusters_ask_for_no_gpus_and_no_whole_nodes(cluster):
+    run = decode(Command, {"run": composed(f"run={cluster}")["run"]}).run
+    training = sbatch_flags(run.of("pretrain", Pretrain(tokens="t", steps=1)), Pretrain(tokens="t", steps=1), None)
+    data = sbatch_flags(run.of("clean", Clean(corpus="c")), Clean(corpus="c"), None)
+    assert sum("gpu:" in flag or "gpus" in flag for flag in training) == (cluster != "cpu_cluster")
+    assert f"--ntasks-per-node={run.ranks_per_node}" in training
+    assert not [flag for flag in data if "gpu" in flag or "exclusive" in flag]
+    assert [flag for flag in data if flag.startswith("--array=0-")]
+
+
+def composed(*words: str) -> dict:
+    """Return what a command line comes to."""
+    found: list[dict] = []
+    compose(list(words), lambda data, job: found.append(data) or 0)
+    return found[0]
+
+
+def holds(whole: object, part: object) -> bool:
+    """Return whether every value of `part` is at its place in `whole`."""
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(name in whole and holds(whole[name], part[name]) for name in part)
+    return whole == part
 
 
 def test_every_model_decodes_and_says_its_size():

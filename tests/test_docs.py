@@ -13,14 +13,18 @@ from support import PROJECT, command, run_pipeline
 from pipeline.__main__ import COMMANDS
 from pipeline.compose import compose
 from pipeline.launch.local import Local
+from pipeline.launch.slurm import Slurm
 from pipeline.plan import Command, StageHolder
 from pipeline.settings import decode
 from pipeline.stages.pretrain import Pretrain
 
 README = (PROJECT / "README.md").read_text()
 DOCS = "".join(path.read_text() for path in sorted((PROJECT / "docs").glob("*.md")))
-LINES = re.findall(r"^\$ (.+?)(?:\s+#.*)?$", README + DOCS, re.MULTILINE)
+SLURM = (PROJECT / "slurm/README.md").read_text()
+LINES = re.findall(r"^\$ (.+?)(?:\s+#.*)?$", README + DOCS + SLURM, re.MULTILINE)
 PIPELINE = [line for line in LINES if line.startswith("python -m pipeline")]
+DEVCLUSTER = [line for line in LINES if "slurm/devcluster" in line]
+SBATCH = [line for line in LINES if line.startswith("sbatch ")]
 
 
 def test_the_first_screen_shows_the_two_commands():
@@ -79,17 +83,50 @@ def plain(block: str) -> dict:
     return OmegaConf.to_container(OmegaConf.create(block))
 
 
-@pytest.mark.parametrize("line", sorted(set(LINES) - set(PIPELINE)))
+@pytest.mark.parametrize("line", sorted(set(DEVCLUSTER)))
+def test_every_word_of_devcluster_is_in_its_help(line):
+    script = PROJECT / "slurm/devcluster"
+    known = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
+    words = re.search(r"slurm/devcluster ([^\")]+)", line).group(1).split()
+    assert re.search(rf"^  {words[0]}\b", known, re.MULTILINE)
+    assert all(f" {word} " in known for word in words if word.startswith("--"))
+
+
+@pytest.mark.parametrize("line", sorted(set(SBATCH)))
+def test_every_line_of_sbatch_composes_and_decodes(line):
+    flags, _, arguments = line.partition(" slurm/stage.sbatch ")
+    assert all(flag.startswith("--") for flag in flags.split()[1:])
+    commands = []
+    words = shlex.split(arguments)
+    words += [] if "run=" in arguments else ["run=slurm"]
+    assert compose(words, lambda data, job: commands.append(decode(Command, data)) or 0) == 0
+    assert commands[0].run.kind == "slurm"
+
+
+def test_the_page_on_slurm_names_every_setting():
+    table = SLURM[SLURM.index("| key |") : SLURM.index("Data tasks (")]
+    named = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split(" | ")[0])}
+    assert named == set(Slurm.model_fields) - {"kind", "ranks"}
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.+?)```", SLURM, re.DOTALL))
+def test_the_clusters_of_the_page_on_slurm_decode(block):
+    settings = plain(block)
+    assert settings.pop("defaults") == ["slurm", "_self_"]
+    assert decode(Slurm, {"kind": "slurm", **settings}).ranks == 8
+
+
+@pytest.mark.parametrize("line", sorted(set(LINES) - set(PIPELINE) - set(DEVCLUSTER) - set(SBATCH)))
 def test_every_make_target_exists(line):
     program, target = line.split()
     assert program == "make"
     assert re.search(rf"^{target}:", (PROJECT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/data.md", "docs/models.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/data.md", "docs/models.md", "slurm/README.md"])
 def test_every_path_exists(name):
     text = (PROJECT / name).read_text()
-    for path in re.findall(r"`((?:pipeline|conf|jobs|tests)/[\w./]+)`", text):
+    for path in re.findall(r"`((?:pipeline|conf|jobs|slurm|tests)/[\w./]+)`", text):
         assert "NAME" in path or (PROJECT / path).exists(), f"{name} names {path}"
 
 

@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 
@@ -78,18 +79,29 @@ def read_offline_run(path):
     return records
 
 
+def wait_for_end(path):
+    """Records of a run, once its end is among them: another process writes the file."""
+    deadline = time.monotonic() + 30
+    while True:
+        records = read_offline_run(path)
+        if any(record.HasField("exit") for record in records):
+            return records
+        assert time.monotonic() < deadline, [record.WhichOneof("record_type") for record in records]
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_wandb_offline_holds_the_run_and_continues_its_id(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     track(Wandb(), tmp_path, [1, 2, 3])
     track(Wandb(), tmp_path, [3, 4], after=2)
-    assert "wandb: offline; to upload: wandb sync" in capsys.readouterr().out
+    assert capsys.readouterr().out.count(f"wandb: offline; to upload: python -m pipeline sync {tmp_path}\n") == 2
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert [path.name for path in files] == ["run-pretrain-0123456789abcdef.wandb"] * 2
     seen = []
     for path in files:
-        records = read_offline_run(path)
+        records = wait_for_end(path)
         run = next(record.run for record in records if record.HasField("run"))
         assert (run.run_id, run.display_name) == ("pretrain-0123456789abcdef", "job.pretrain")
         assert {item.key: json.loads(item.value_json) for item in run.config.update}["lr"] == 1e-3

@@ -23,6 +23,11 @@ def write_claim(directory: Path, job: str, slurm: str) -> None:
     write_json(directory / WORK / CLAIM, encode(Claim(slurm=slurm, job=job)))
 
 
+def forget_claim(directory: Path) -> None:
+    """Take back what `write_claim` noted."""
+    (directory / WORK / CLAIM).unlink(missing_ok=True)
+
+
 def live_claim(directory: Path) -> Claim | None:
     """Return who is to make the artifact in `directory`, if SLURM says that this job waits or runs.
 

@@ -1,6 +1,6 @@
 """When the time of a SLURM job is so nearly over that its state has to be saved now."""
 
-import os
+import threading
 import time
 from contextlib import suppress
 from datetime import datetime
@@ -9,34 +9,38 @@ from pathlib import Path
 from pipeline.artifact import WORK
 from pipeline.errors import LaunchError
 from pipeline.launch import scheduler
+from pipeline.launch.lock import slurm_job
 from pipeline.stage import SAVE_FILE
 
 MARGIN = 2.0  # times what saving took at the most
 LOOK_AGAIN_S = 300.0  # an administrator may have given the job more time
+FRESH_S = 2.0  # age of an answer that is good enough to stop for
+ANSWER_S = 10.0  # after which nobody waits for a new one
 
 
 class Deadline:
-    """Knows the end of this job's time, and what saving took."""
+    """Knows the end of this job's time, and what saving took.
+
+    SLURM is asked by a thread: where it does not answer, the end that is known stands, and nobody waits.
+    """
 
     def __init__(self, directory: Path, notice_s: float) -> None:
-        """Ask SLURM for the end.
+        """Begin to ask SLURM for the end.
 
         Args:
             notice_s: What saving is taken to need until it has been measured.
         """
         self._saving, self._notice_s = directory / WORK / SAVE_FILE, notice_s
-        self._look()
+        self._start, self._end, self._looked = 0.0, float("inf"), 0.0
+        self._ask()
 
     def is_near(self) -> bool:
         """Return whether the state has to be saved now."""
         now = time.time()
-        if now - self._looked > LOOK_AGAIN_S:
-            self._look()
-        if now < self._end - self._lead_s():
-            return False
-        if now - self._looked > 1:
-            self._look()
-        return now >= self._end - self._lead_s()
+        near = now >= self._end - self._lead_s()
+        if now - self._looked > (FRESH_S if near else LOOK_AGAIN_S) and not self._looking.is_alive():
+            self._ask()
+        return near and (now - self._looked <= FRESH_S or now - self._asked > ANSWER_S)
 
     def _lead_s(self) -> float:
         """Return how long before the end: never more than a third of the whole time."""
@@ -45,10 +49,23 @@ class Deadline:
             saved = MARGIN * float(self._saving.read_text("ascii"))
         return min(max(saved, self._notice_s), (self._end - self._start) / 3)
 
+    def _ask(self) -> None:
+        self._asked = time.time()
+        self._looking = threading.Thread(target=self._look, name="deadline", daemon=True)
+        self._looking.start()
+
     def _look(self) -> None:
-        self._looked, self._start, self._end = time.time(), 0.0, float("inf")
-        with suppress(LaunchError, KeyError, ValueError):  # "Unknown" is a job without limit
-            job = scheduler.show(os.environ["SLURM_JOB_ID"])
-            self._start, self._end = (
-                datetime.fromisoformat(job[name]).timestamp() for name in ("StartTime", "EndTime")
-            )
+        job = slurm_job()
+        assert job is not None
+        with suppress(LaunchError):
+            told = scheduler.show(job)
+            start, end = (_time(told.get(name, "")) for name in ("StartTime", "EndTime"))
+            self._start, self._end, self._looked = start or 0.0, end or float("inf"), time.time()
+
+
+def _time(text: str) -> float | None:
+    """Return seconds since the epoch; null for "Unknown", as of the end of a job without limit."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None

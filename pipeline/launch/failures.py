@@ -52,9 +52,38 @@ def guessed_reason(directory: Path, rank: int, status: int) -> PipelineError:
     if status == ArtifactError.exit_status:
         return ArtifactError(f"{directory}: the disk is full; make room and run the same command again")
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+    hint = ""
+    if status == -signal.SIGKILL:
+        hint = f"; if nobody sent that, memory has run out: {short_of_memory(directory)}"
     end = f"; the end of {log}:\n{last}" if last else ""
     kind = Lost if status < 0 else LaunchError
-    return kind(f"{directory}: rank {rank} {how}; the same command continues{end}")
+    return kind(f"{directory}: rank {rank} {how}; the same command continues{hint}{end}")
+
+
+def short_of_memory(directory: Path) -> str:
+    """Say what memory the task frozen in `directory` was given, what it needs if that is known, and what helps."""
+    try:
+        task: Mapping[str, Any] = json.loads((directory / WORK / "task.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return "give it more, or run fewer ranks on a machine"
+    run, need = task["run"], task.get("memory_bytes")
+    words = []
+    if "memory_per_node" in run:
+        asked = run["memory_per_node"]
+        words.append(f"the job asked for {f'memory_per_node={asked}' if asked else 'no memory_per_node'}")
+    if need is not None:
+        words.append(f"the model's states alone need about {gigabytes(need)} a rank, activations come on top")
+    more = "raise run.memory_per_node, or " if "memory_per_node" in run else ""
+    if need is None:
+        return "; ".join([*words, f"{more}run fewer ranks on a machine"])
+    spread = "spread the model (run.parallel.zero, run.parallel.tensor, more ranks on more nodes)"
+    smaller = "feed less at once (run.microbatch_sequences, run.parallel.activation_checkpointing)"
+    return "; ".join([*words, f"{more}{spread}, or {smaller}"])
+
+
+def gigabytes(num_bytes: int) -> str:
+    """Return a size as people say it."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 def rank_log(directory: Path, rank: int) -> Path:

@@ -24,6 +24,8 @@ from pipeline.stage import ATTEMPT_FILE, CHECKPOINTS
 LOCK = "lock"
 BEAT_S = 10.0
 STALE_S = 60.0  # without a sign of life, after which an owner on another machine counts as gone
+SETTLE_S = 0.5  # in which two that sign at the same moment, without a lock of the kernel, see one another
+SIGNATURE_BYTES = 4096  # more than one has
 TRIES = "tries.jsonl"  # in work/: what was done already when each try began
 
 
@@ -45,20 +47,21 @@ def locked(directory: Path, name: str = LOCK, patience_s: float = 0.0) -> Iterat
     deadline = time.monotonic() + patience_s
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        while (owner := _other_owner(descriptor, path)) is not None:
+        while (owner := _take(descriptor, path)) is not None:
             if time.monotonic() > deadline:
                 raise LaunchError(f"{directory}: {owner} is working in it; wait for it or end it")
             time.sleep(0.2)
-        _sign(descriptor)
+        signature = os.pread(descriptor, SIGNATURE_BYTES, 0)
         released = threading.Event()
-        heart = threading.Thread(target=_beat, args=(descriptor, released), name="lock", daemon=True)
+        heart = threading.Thread(target=_beat, args=(descriptor, signature, released), name="lock", daemon=True)
         heart.start()
         try:
             yield descriptor
         finally:
             released.set()
             heart.join()
-            os.ftruncate(descriptor, 0)
+            if os.pread(descriptor, SIGNATURE_BYTES, 0) == signature:  # nobody took it over meanwhile
+                os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
 
@@ -69,7 +72,7 @@ def read_owner(directory: Path, name: str = LOCK) -> Mapping[str, Any] | None:
         owner: Mapping[str, Any] = json.loads((directory / WORK / name).read_bytes())
     except (OSError, ValueError):
         return None
-    return owner
+    return owner if isinstance(owner, dict) and {"words", "host", "pid", "job"} <= owner.keys() else None
 
 
 def age_s(path: Path) -> float:
@@ -97,38 +100,52 @@ def slurm_job() -> str | None:
     return env.get("SLURM_JOB_ID")
 
 
-def _other_owner(descriptor: int, path: Path) -> str | None:
-    """Take the lock and return null, or say who holds it."""
+def _take(descriptor: int, path: Path) -> str | None:
+    """Take the lock, sign it and return null, or say who holds it."""
+    kernel_knows = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken = True
     except BlockingIOError:
-        taken = False
+        owner = read_owner(path.parent.parent, path.name)
+        if owner is None or owner["host"] == socket.gethostname() or not _is_gone(owner, kernel_knows):
+            return str(owner["words"]) if owner else "another process"
+        kernel_knows = False  # a node that was cut off still holds it, but SLURM has begun its job again
     except OSError:  # a file system without: the heartbeat has to do
-        taken = True
+        kernel_knows = False
     owner = read_owner(path.parent.parent, path.name)
-    if not taken:
-        return str(owner["words"]) if owner else "another process"
-    if owner is None or owner["host"] == socket.gethostname() or (owner["job"] and owner["job"] == slurm_job()):
-        return None  # the kernel says that it is gone, or SLURM does
-    quiet_s = age_s(path)
-    if quiet_s > STALE_S:
-        return None
-    with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-    return f"{owner['words']}, whose last sign of life came {quiet_s:.0f} s ago,"
+    if owner is not None and not _is_gone(owner, kernel_knows) and (quiet_s := age_s(path)) <= STALE_S:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        return f"{owner['words']}, whose last sign of life came {quiet_s:.0f} s ago,"
+    signature = _sign(descriptor)
+    if not kernel_knows:
+        time.sleep(SETTLE_S)  # of two that take it at the same moment the later signature stands
+        if os.pread(descriptor, SIGNATURE_BYTES, 0) != signature:
+            return "another process"
+    return None
 
 
-def _sign(descriptor: int) -> None:
+def _is_gone(owner: Mapping[str, Any], kernel_knows: bool) -> bool:
+    """Return whether an owner that has not released its lock is known to have ended, whatever its heartbeat says."""
+    if owner["host"] == socket.gethostname():
+        return kernel_knows or not Path(f"/proc/{owner['pid']}").exists()
+    return owner["job"] is not None and owner["job"] == slurm_job()  # SLURM ended it before it began this job again
+
+
+def _sign(descriptor: int) -> bytes:
     owner = {"words": place(), "host": socket.gethostname(), "pid": os.getpid(), "job": slurm_job()}
-    text = json.dumps(owner).encode()
+    signature = json.dumps({**owner, "since": time.time_ns()}).encode()
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text, 0)
+    os.pwrite(descriptor, signature, 0)
+    return signature
 
 
-def _beat(descriptor: int, released: threading.Event) -> None:
+def _beat(descriptor: int, signature: bytes, released: threading.Event) -> None:
+    """Give signs of life until the lock is released, or somebody has taken it over."""
     while not released.wait(BEAT_S):
         with suppress(OSError):
+            if os.pread(descriptor, SIGNATURE_BYTES, 0) != signature:
+                return
             os.utime(descriptor)
 
 

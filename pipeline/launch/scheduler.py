@@ -3,19 +3,40 @@
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from tempfile import TemporaryFile
 
 from pipeline.errors import LaunchError
 from pipeline.launch.slurm import seconds_of
 
 PATIENCE_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # before each further try of a command that failed for the moment
 FOR_THE_MOMENT = re.compile(
-    "timed out|Unable to contact slurm controller|Connection refused|temporarily unable|Zero Bytes were transmitted"
-    "|Transport endpoint|slurm_receive_msg|Resource temporarily unavailable|try again",
+    "timed out|Unable to contact slurm controller|Connection refused|Zero Bytes were transmitted"
+    "|Transport endpoint|slurm_receive_msg|try again",
     re.IGNORECASE,
 )
+QUEUE_IS_FULL = re.compile("temporarily unable to accept|Resource temporarily unavailable", re.IGNORECASE)
+NOT_NOW = re.compile(
+    "the queue is full|Required node not available|nodes .*(busy|drained|down)|submit limit|Job violates", re.IGNORECASE
+)
+BLAMED = {  # what sbatch says of a setting that it does not like
+    "partition": "partition specified|partition name|partition not available|group not permitted to use this partition",
+    "account": "Invalid account",
+    "qos": "Invalid qos",
+    "constraint": "Invalid feature|--constraint",
+    "gpus_per_node": "generic resource|gres|Invalid Trackable RESource",
+    "time": "time limit|--time specification|Invalid time",
+    "memory_per_node": "memory specification|--mem",
+    "nodes": "Node count|--nodes",
+    "cpus_per_rank": "More processors requested|cpu count|--cpus-per-task",
+    "array": "job array specification",
+    "flags": "unrecognized option|invalid option|reservation|ambiguous|requires an argument|Invalid --",
+}
+NOT_AVAILABLE = "Requested node configuration is not available"  # for ever, or while nodes are down
+UP = ("idle", "mixed", "allocated", "completing")
 OVER = (
     "COMPLETED",
     "FAILED",
@@ -27,6 +48,10 @@ OVER = (
     "DEADLINE",
     "PREEMPTED",
 )
+
+
+class NoSlurm(LaunchError):
+    """This machine has none of SLURM's commands."""
 
 
 @dataclass(frozen=True)
@@ -54,44 +79,84 @@ class Seen:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition: its nodes that are not gone for good, and the longest job that it takes, in seconds."""
+    """A partition of a cluster.
+
+    Attributes:
+        limit_s: The longest job that it takes, in seconds; null where it takes any.
+        is_whole: Whether none of its nodes is down or kept back.
+    """
 
     name: str
     is_default: bool
     num_nodes: int
     limit_s: int | None
+    is_whole: bool = True
 
 
 def command(
-    *words: str, environment: Mapping[str, str] | None = None, before_retry: Callable[[], str | None] = lambda: None
+    *words: str,
+    environment: Mapping[str, str] | None = None,
+    before_retry: Callable[[], str | None] = lambda: None,
+    pauses_s: Sequence[float] = PATIENCE_S,
 ) -> str:
-    """Run one of SLURM's commands and return what it prints; one that fails for the moment is run again.
+    """Run one of SLURM's commands and return what it prints; one that fails for the moment is run again, and says so.
 
     Args:
         before_retry: Called before each further try; what it returns, unless null, is the result.
+        pauses_s: Before each further try.
 
     Raises:
         LaunchError: If there is no such command, or it fails, with what it says.
     """
-    for pause_s in (*PATIENCE_S, None):
-        try:
-            done = subprocess.run(
-                words, env={**os.environ, **(environment or {})}, capture_output=True, text=True, errors="replace"
-            )
-        except FileNotFoundError:
-            raise LaunchError(
-                f"{words[0]}: there is no such command on this machine's PATH; run this on a login node of the "
-                "cluster (or load its SLURM module), or say run=local"
-            ) from None
-        if done.returncode == 0:
-            return done.stdout
-        problem = " ".join(line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip())
+    for number, pause_s in enumerate((*pauses_s, None), 1):
+        status, printed, problem = _run(words, environment)
+        if status == 0:
+            return printed
+        if QUEUE_IS_FULL.search(problem):  # which sbatch itself has waited for, two minutes long
+            raise LaunchError(f"{words[0]}: the queue is full, SLURM takes no more jobs; submit later ({problem})")
         if pause_s is None or not FOR_THE_MOMENT.search(problem):
-            raise LaunchError(f"{words[0]}: {problem or f'exit status {done.returncode}'}")
+            tried = f" (tried {number} times)" if number > 1 else ""
+            raise LaunchError(f"{words[0]}: {problem or f'exit status {status}'}{tried}")
+        print(f"{words[0]}: {problem}; try {number + 1} of {len(pauses_s) + 1} in {pause_s:g} s", file=sys.stderr)
         time.sleep(pause_s)
         if (found := before_retry()) is not None:
             return found
     raise AssertionError("the last try returns or raises")
+
+
+def _run(words: Sequence[str], environment: Mapping[str, str] | None) -> tuple[int, str, str]:
+    """Run a command; return its exit status, what it prints, and in one line what it complains of.
+
+    That it waits for the queue, which sbatch does for minutes, is said at once.
+    """
+    said = []
+    try:
+        with (
+            TemporaryFile("w+", errors="replace") as printed,
+            subprocess.Popen(
+                words,
+                env={**os.environ, **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+            ) as process,
+        ):
+            assert process.stderr is not None
+            for line in filter(None, map(str.strip, process.stderr)):
+                said.append(line)
+                if line.endswith("sleeping and retrying"):
+                    print(line, file=sys.stderr, flush=True)
+            status = process.wait()
+            printed.seek(0)
+            text = printed.read()
+    except FileNotFoundError:
+        raise NoSlurm(
+            f"{words[0]}: there is no such command on this machine's PATH; run this on a login node of the "
+            "cluster (or load its SLURM module), or say run=local"
+        ) from None
+    return status, text, " ".join(said or text.split("\n")).strip()
 
 
 def submit(words: Sequence[str], environment: Mapping[str, str], token: str) -> str:
@@ -106,15 +171,48 @@ def submit(words: Sequence[str], environment: Mapping[str, str], token: str) -> 
     """
 
     def find() -> str | None:
-        ids = {line.partition("|")[0] for line in _squeue("%A|%k") if line.partition("|")[2] == token}
+        ids = {line.partition("|")[0] for line in _squeue("%F|%k") if line.partition("|")[2] == token}
         return ids.pop() if ids else None
 
     printed = command(*words, environment=environment, before_retry=find)
     return printed.strip().partition(";")[0]  # "12;cluster" where there are several
 
 
-def look(ids: Iterable[str]) -> dict[str, Seen]:
+def refusal(words: Sequence[str]) -> tuple[str, str] | None:
+    """Ask whether SLURM would take a job, without leaving one.
+
+    Args:
+        words: The command, of sbatch, with all that it asks for.
+
+    Returns:
+        Null if it would; else the setting that it does not like, as far as that is known ("partition"), and what it
+        says. What is only so for the moment - nodes that are down, a full queue - is no refusal.
+
+    Raises:
+        LaunchError: If SLURM cannot be asked.
+    """
+    try:
+        command(words[0], "--test-only", *words[1:])
+    except NoSlurm:
+        raise
+    except LaunchError as error:
+        problem = str(error)
+        if FOR_THE_MOMENT.search(problem):
+            raise
+        return None if NOT_NOW.search(problem) else (blamed_setting(problem), problem)
+    return None
+
+
+def blamed_setting(problem: str) -> str:
+    """Return the setting of `run` that sbatch complains of; empty if none can be told."""
+    return next((setting for setting, words in BLAMED.items() if re.search(words, problem, re.IGNORECASE)), "")
+
+
+def look(ids: Iterable[str], pauses_s: Sequence[float] = PATIENCE_S) -> dict[str, Seen]:
     """Return what SLURM knows of jobs, of an array's elements each for itself; what it has forgotten is left out.
+
+    Args:
+        pauses_s: Before each further try, where SLURM does not answer.
 
     Raises:
         LaunchError: If SLURM does not answer.
@@ -123,25 +221,26 @@ def look(ids: Iterable[str]) -> dict[str, Seen]:
     if not wanted:
         return {}
     found: dict[str, Seen] = {}
-    for line in _squeue("%i|%T|%r|%N|%M"):
+    for line in _squeue("%i|%T|%r|%N|%M", pauses_s):
         job, state, reason, nodes, elapsed = line.split("|")
         if {job, job.partition("_")[0]} & wanted:
             found[job] = Seen(job, state, reason, nodes, elapsed)
     if forgotten := wanted - {job.partition("_")[0] for job in found} - set(found):
-        found |= _look_back(forgotten)
+        found |= _look_back(forgotten, pauses_s)
     return found
 
 
-def _squeue(columns: str) -> list[str]:
+def _squeue(columns: str, pauses_s: Sequence[float] = PATIENCE_S) -> list[str]:
     mine = ("--user", str(os.getuid()))
-    return command("squeue", "--noheader", "--array", "--states=all", *mine, "--format", columns).splitlines()
+    words = ("--noheader", "--array", "--states=all", *mine, "--format", columns)
+    return command("squeue", *words, pauses_s=pauses_s).splitlines()
 
 
-def _look_back(ids: Iterable[str]) -> dict[str, Seen]:
+def _look_back(ids: Iterable[str], pauses_s: Sequence[float]) -> dict[str, Seen]:
     """Return what the accounting database knows of jobs that the controller has forgotten; nothing without one."""
     words = ("--noheader", "--parsable2", "--allocations", "--format", "JobID,State,NodeList,Elapsed", "--jobs")
     try:
-        printed = command("sacct", *words, ",".join(sorted(ids)))
+        printed = command("sacct", *words, ",".join(sorted(ids)), pauses_s=pauses_s)
     except LaunchError:
         return {}
     rows = (line.split("|") for line in printed.splitlines())
@@ -159,6 +258,17 @@ def requeue(job: str) -> None:
     command("scontrol", "requeue", job)
 
 
+def dependencies() -> dict[str, str]:
+    """Return what each of this user's jobs that waits for other jobs waits for, as SLURM writes it."""
+    rows = (line.split("|") for line in _squeue("%i|%E"))
+    return {job: waits for job, waits in rows if waits not in ("", "(null)")}
+
+
+def depend(job: str, after: Sequence[str]) -> None:
+    """Let a job wait until others have ended well."""
+    command("scontrol", "update", f"JobId={job}", f"Dependency=afterok:{':'.join(after)}")
+
+
 def show(job: str) -> dict[str, str]:
     """Return what the controller says of one job, by its names. Raises LaunchError if it has forgotten it."""
     printed = command("scontrol", "--oneliner", "show", "job", job)
@@ -168,19 +278,20 @@ def show(job: str) -> dict[str, str]:
 def partitions() -> dict[str, Partition]:
     """Return the partitions of the cluster by name."""
     found: dict[str, Partition] = {}
-    for line in command("sinfo", "--noheader", "--format", "%P|%D|%l").splitlines():
-        name, nodes, limit = line.split("|")
-        plain = name.rstrip("*")
-        known = found.get(plain)
-        total = int(nodes) + (known.num_nodes if known else 0)
-        found[plain] = Partition(plain, name.endswith("*"), total, seconds_of(limit))
+    for line in command("sinfo", "--noheader", "--format", "%P|%D|%l|%T").splitlines():
+        name, nodes, limit, state = line.split("|")
+        plain, is_up = name.rstrip("*"), state in UP
+        if known := found.get(plain):
+            found[plain] = replace(known, num_nodes=known.num_nodes + int(nodes), is_whole=known.is_whole and is_up)
+        else:
+            found[plain] = Partition(plain, name.endswith("*"), int(nodes), seconds_of(limit), is_up)
     return found
 
 
 def max_array() -> int:
     """Return how many elements an array of jobs may have."""
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", command("scontrol", "show", "config"))
-    return max(int(found[1]) - 1, 1) if found else 1000
+    return max(int(found[1]), 1) if found else 1000
 
 
 def nodes_of(nodelist: str) -> list[str]:

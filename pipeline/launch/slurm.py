@@ -177,12 +177,18 @@ def sbatch_flags(run: Slurm, stage: Stage, limit_s: int | None) -> list[str]:
         share = f"%{run.at_once}" if run.at_once else ""
         flags += [f"--array=0-{run.ranks - 1}{share}", "--nodes=1", "--ntasks=1"]
     else:
-        nodes = f"{run.elastic}-{run.nodes}" if run.elastic is not None else f"{run.nodes}"
-        flags += [f"--nodes={nodes}", f"--ntasks-per-node={run.each}"]
+        flags += _nodes(run)
     if run.cpus_per_rank is not None:
         flags.append(f"--cpus-per-task={run.cpus_per_rank}")
     if run.memory_per_node is not None:
         flags.append(f"--mem={run.memory_per_node}")
-    if run.gpus_per_node:
-        flags.append(f"--gres=gpu:{run.gpus_per_node}")
+    if run.gpus_per_node and not any(flag.startswith(("--gres", "--gpus")) for flag in run.flags):
+        flags.append(f"--gres=gpu:{run.gpus_per_node}")  # unless a site wants it said in another way
     return [*flags, *run.flags]
+
+
+def _nodes(run: Slurm) -> list[str]:
+    if run.elastic is None:
+        return [f"--nodes={run.nodes}", f"--ntasks-per-node={run.each}"]
+    # Note: with --ntasks-per-node SLURM gives the fewest nodes of a range, even where all are free
+    return [f"--nodes={run.elastic}-{run.nodes}", f"--mincpus={run.each * (run.cpus_per_rank or 1)}"]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from pipeline.env import ATTEMPT, ATTEMPT_NAME, FIRST_RANK, LAUNCHER, Share, Sto
 from pipeline.errors import LaunchError, Lost, PipelineError, Preempted
 from pipeline.launch import scheduler
 from pipeline.launch.deadline import Deadline
-from pipeline.launch.failures import forget_reasons, guessed_reason, left_reason, rank_log
+from pipeline.launch.failures import forget_reasons, guessed_reason, left_reason, rank_log, short_of_memory
 from pipeline.launch.local import GRACE_S, PACKAGE, Silence
+from pipeline.launch.lock import slurm_job
 from pipeline.launch.slurm import Slurm
 from pipeline.stage import Stage
 
@@ -26,6 +27,7 @@ LOST = re.compile(r"^srun: error: Node failure on (?P<node>\S+)")
 ALLOCATION = "PIPELINE_ALLOCATION"  # environment variable that slurm/stage.sbatch sets
 OUT_OF_MEMORY = "Out Of Memory"
 PAUSE_S = 0.1
+ONE_REQUEST_S = 1.0  # in which signals to stop count as one
 SIGNALS = {
     "Killed": signal.SIGKILL,
     "Terminated": signal.SIGTERM,
@@ -49,15 +51,11 @@ def launch(directory: Path, run: Slurm, share: Share, attempt: tuple[int, str], 
     (directory / "logs").mkdir(exist_ok=True)
     forget_reasons(directory, share)
     with reserved_port() as port:
-        step = Step(_words(directory, run, share), {**os.environ, **_environment(run, share, attempt, port)})
-        stop.hand_on = lambda: step.ask() if len(stop.came) == 1 else step.kill()
-        if stop:
-            stop.hand_on()
+        step = Step(_words(directory, run, share), {**os.environ, **step_environment(run, share, attempt, port)})
         silence = Silence(directory, share, run.stall_timeout_s)
         try:
             _wait(directory, share, step, silence, Deadline(directory, run.notice_s), stop)
         finally:
-            stop.hand_on = lambda: None
             step.close()
     if step.status == 0:
         return
@@ -70,6 +68,7 @@ class Step:
     def __init__(self, words: list[str], environment: Mapping[str, str]) -> None:
         self.failed: dict[int, str] = {}  # how each task failed, in the order of the news
         self.lost: list[str] = []  # nodes
+        self.nodes: dict[int, str] = {}  # of the tasks that failed
         self.last = ""
         self._process = subprocess.Popen(
             words, env=dict(environment), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
@@ -89,17 +88,22 @@ class Step:
 
     def kill(self) -> None:
         """End all tasks at once."""
-        job = os.environ["SLURM_JOB_ID"]
+        job = slurm_job() or ""
         with suppress(LaunchError):
             steps = scheduler.command("squeue", "--steps", "--noheader", "--jobs", job, "--format", "%i").split()
-            for step in (step for step in steps if step.rpartition(".")[2].isdigit()):
-                scheduler.command("scancel", "--signal=KILL", step)
+            for step in steps:
+                owner, _, number = step.rpartition(".")
+                if owner == job and number.isdigit():  # not "batch"; not of another element of an array
+                    scheduler.command("scancel", "--signal=KILL", step)
 
     def close(self) -> None:
         """Wait for srun's last words."""
         if self.status is None:
             self.kill()
-            self._process.wait()
+            try:
+                self._process.wait(GRACE_S)
+            except subprocess.TimeoutExpired:  # it waits for a node that does not answer
+                self._process.kill()
         self._reader.join()
 
     def _read(self) -> None:
@@ -111,6 +115,7 @@ class Step:
                 self.lost.append(found["node"])
             if found := ENDED.match(line):
                 for task in _numbers(found["tasks"]):
+                    self.nodes[task] = found["node"]
                     self.failed.setdefault(task, found["how"].strip())
 
 
@@ -118,28 +123,35 @@ def _words(directory: Path, run: Slurm, share: Share) -> list[str]:
     log = str(rank_log(directory, share.first)).replace("%", "%%")
     if share.is_all:
         log = log.replace(f"rank-{share.first:05d}", "rank-%5t")
+    # a file of the node itself: what a task says while it is being ended would not come through srun
+    flags = ["--open-mode=append", f"--output={log}"]
+    return step_words(run, share.count, flags, "rank.py", str(directory.resolve() / WORK / "task.json"))
+
+
+def step_words(run: Slurm, count: int, flags: Sequence[str], program: str, *arguments: str) -> list[str]:
+    """Return the command that runs `count` processes of a file of this package on the nodes of this job."""
     cpus_per_rank = [] if run.cpus_per_rank is None else [f"--cpus-per-task={run.cpus_per_rank}"]
     return [
         "srun",
         f"--nodes={run.nodes}",
-        f"--ntasks={share.count}",
-        f"--ntasks-per-node={-(-share.count // run.nodes)}",
+        f"--ntasks={count}",
+        f"--ntasks-per-node={-(-count // run.nodes)}",
         "--kill-on-bad-exit=0",  # the others get to save first
         "--wait=0",
         "--export=ALL",
-        "--open-mode=append",
-        f"--output={log}",  # of the node itself: what a task says while it is being ended would not come through srun
+        *flags,
         *cpus_per_rank,
         *run.srun,
         *run.container,
         sys.executable if run.python is None else run.python,
         "-P",
-        str(PACKAGE / "rank.py"),
-        str(directory.resolve() / WORK / "task.json"),
+        str(PACKAGE / program),
+        *arguments,
     ]
 
 
-def _environment(run: Slurm, share: Share, attempt: tuple[int, str], port: int) -> dict[str, str]:
+def step_environment(run: Slurm, share: Share, attempt: tuple[int, str], port: int) -> dict[str, str]:
+    """Return the variables that tell the processes of a step which ranks they are and where they meet."""
     threads = str(run.threads or run.cpus_per_rank or max(1, cpus() // run.each))
     number, name = attempt
     return {
@@ -158,21 +170,36 @@ def _environment(run: Slurm, share: Share, attempt: tuple[int, str], port: int) 
     }
 
 
-def _wait(directory: Path, share: Share, step: Step, silence: "Silence", deadline: Deadline, stop: StopRequest) -> None:
+def _wait(directory: Path, share: Share, step: Step, silence: Silence, deadline: Deadline, stop: StopRequest) -> None:
     """Wait for the step; once a task has failed, or all are silent, the others are ended."""
-    end = float("inf")
+    end = asked = float("inf")
+    requests = 0  # that one signal may have brought, to this process and to the script that started it
     while step.status is None:
-        if step.failed and end == float("inf"):
-            saving = isinstance(left_reason(directory, share.first + next(iter(step.failed))), Preempted)
-            end = time.monotonic() + GRACE_S * (12 if saving else 1)
+        now = time.monotonic()
+        if (step.failed or step.lost) and end == float("inf"):
+            saving = any(isinstance(left_reason(directory, share.first + task), Preempted) for task in step.failed)
+            end = now + GRACE_S * (12 if saving else 1)
             step.ask()
-        if time.monotonic() > end or silence.is_too_long():
+        if now > end or silence.is_too_long():
             step.kill()
-            end = time.monotonic() + GRACE_S
+            end = now + GRACE_S
         if not stop and deadline.is_near():
             print(f"{directory}: the time of this job is nearly over: its state is saved", flush=True)
             stop.ask(signal.SIGUSR2)
+        if stop and asked == float("inf"):
+            asked = now
+            step.ask()
+        if now < asked + ONE_REQUEST_S:
+            requests = len(_urgent(stop))
+        elif len(_urgent(stop)) > requests:
+            print(f"{directory}: asked to stop again: the ranks are ended at once", flush=True)
+            requests, end = len(_urgent(stop)), min(end, now)
         time.sleep(PAUSE_S)
+
+
+def _urgent(stop: StopRequest) -> list[int]:
+    """Return the requests to stop of which a second one means at once; after SIGTERM SLURM itself ends what is left."""
+    return [number for number in stop.came if number != signal.SIGTERM]
 
 
 def _reason(
@@ -186,15 +213,14 @@ def _reason(
         )
     failed = _blamed(step)
     reason = None if failed is None else left_reason(directory, share.first + failed)
-    if isinstance(reason, Preempted):
-        return reason
     how = "" if failed is None else step.failed[failed]
-    if stop or how == "Terminated":  # only SLURM, or a person, sends that
-        return Preempted(f"{directory}: what was done since the last checkpoint or unit will be done again")
     if reason is not None:
         return reason
+    if stop or how == "Terminated":  # only SLURM, or a person, sends that
+        return Preempted(f"{directory}: what was done since the last checkpoint or unit will be done again")
     if how == OUT_OF_MEMORY:
-        return LaunchError(f"{directory}: rank {share.first + (failed or 0)} was ended: {OUT_OF_MEMORY}")
+        who = f"rank {share.first + (failed or 0)} on {step.nodes.get(failed or 0, 'its node')}"
+        return LaunchError(f"{directory}: {who} ran out of memory: {short_of_memory(directory)}")
     if step.lost:
         return Lost(f"{directory}: lost {', '.join(step.lost)}; the same command continues")
     if failed is None:
@@ -227,9 +253,13 @@ def is_in_allocation() -> bool:
 
 def allocated(run: Slurm, stage: Stage) -> Slurm:
     """Return the settings of a task, as from `Slurm.of`, for the nodes that this job has."""
-    env = os.environ
-    nodes = int(env["SLURM_JOB_NUM_NODES"])
-    each = int(env.get("SLURM_NTASKS_PER_NODE") or run.each)
     if stage.ranks == "one":
         return run
+    env = os.environ
+    nodes, each = int(env["SLURM_JOB_NUM_NODES"]), run.each
+    if "SLURM_NTASKS_PER_NODE" in env:
+        each = int(env["SLURM_NTASKS_PER_NODE"])
+    elif "SLURM_NTASKS" in env or stage.ranks == "units":  # no more than the smallest share of a node has room for
+        fewest = min(int(count) for count in re.findall(r"(?:^|,)(\d+)", env.get("SLURM_TASKS_PER_NODE", "1")))
+        each = fewest if "SLURM_NTASKS" in env else min(each, fewest)
     return run.model_copy(update={"nodes": nodes, "ranks_per_node": each, "ranks": nodes * each})

@@ -16,6 +16,7 @@ from pipeline.stages.preparing import give_weights
 from pipeline.stages.writing import write_model
 from pipeline.text.tokenizers import TOKENIZER
 from pipeline.training.guard import Guard
+from pipeline.training.memory import state_bytes
 from pipeline.training.optim import AdamW, AnyOptimizer
 from pipeline.training.schedule import AnySchedule, Cosine
 
@@ -78,6 +79,18 @@ class Finetune(Stage):
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
         """Weights once, and weights with two moments for every checkpoint of both trainings; the input is the model."""
         return input_bytes * (1 + 4 * (run.checkpoints.keep + 1) * (2 if self.baseline else 1))
+
+    def memory_bytes(self, upstream: Mapping[str, Stage], run: Run) -> int | None:
+        """Weights, gradients and what the optimizer keeps, without activations: see `state_bytes`.
+
+        Not known where no settings say how large the model is. With `trunk` "frozen" only the weights count.
+        """
+        model = planned_model(upstream["model"]) if "model" in upstream else None
+        if model is None or model.vocab_size is None:
+            return None
+        if self.trunk == "frozen" and not self.baseline:
+            return model.num_params() * (4 if self.precision == "fp32" else 2) // run.parallel.tensor
+        return state_bytes(model.num_params(), self.optimizer.state_copies, self.precision, run)
 
     @classmethod
     def headline(cls, stats: Stats) -> tuple[str, str]:

@@ -36,6 +36,7 @@ from pipeline.text.tokenizers import TOKENIZER
 from pipeline.training.averaging import AnyAverage
 from pipeline.training.checkpoints.retention import checkpoint_bytes, most_at_once
 from pipeline.training.guard import Guard
+from pipeline.training.memory import state_bytes
 from pipeline.training.objectives import AnyObjective, Causal
 from pipeline.training.optim import AnyOptimizer, Muon
 from pipeline.training.schedule import AnySchedule, Linear
@@ -205,8 +206,27 @@ class Pretrain(Stage):
         if model is None:
             return 0
         params = model.model_copy(update={"vocab_size": model.vocab_size or 2**16}).num_params()
-        copies = self.optimizer.state_copies + (self.average.state_copies if self.average else 0)
-        return 4 * params + most_at_once(run.checkpoints, self.steps) * checkpoint_bytes(params, copies)
+        return 4 * params + most_at_once(run.checkpoints, self.steps) * checkpoint_bytes(params, self.state_copies)
+
+    def memory_bytes(self, upstream: Mapping[str, Stage], run: Run) -> int | None:
+        """Weights, gradients and what the optimizer keeps, without activations: see `state_bytes`.
+
+        Not known where only an artifact says how large the model or its vocabulary is.
+        """
+        model = self.planned_model or (planned_model(upstream[INIT_FROM]) if INIT_FROM in upstream else None)
+        if model is None:
+            return None
+        makers = [upstream.get(f"{field}/tokenizer") for field in self.sources.values()]
+        vocab_size = model.vocab_size or next((getattr(maker, "vocab_size", None) for maker in makers), None)
+        if vocab_size is None:
+            return None
+        params = model.model_copy(update={"vocab_size": vocab_size}).num_params()
+        return state_bytes(params, self.state_copies, self.precision, run)
+
+    @property
+    def state_copies(self) -> int:
+        """Numbers that optimizer and average keep for each weight."""
+        return self.optimizer.state_copies + (self.average.state_copies if self.average else 0)
 
     @classmethod
     def headline(cls, stats: Stats) -> tuple[str, str]:

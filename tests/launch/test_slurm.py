@@ -107,3 +107,10 @@ def test_times_are_read_as_slurm_writes_them(time, seconds):
 def test_a_time_that_slurm_would_not_understand_is_refused():
     with pytest.raises(ConfigError, match=r"run\.slurm\.time|run\.time"):
         slurm(time="two hours")
+
+
+def test_a_site_may_want_gpus_said_in_its_own_way():
+    run = slurm(gpus_per_node=4, flags=["--gpus-per-node=a100:4"]).of("train", PRETRAIN)
+    flags = sbatch_flags(run, PRETRAIN, None)
+    assert "--gpus-per-node=a100:4" in flags
+    assert not [flag for flag in flags if flag.startswith("--gres")]

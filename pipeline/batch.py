@@ -1,0 +1,120 @@
+"""What sbatch is told for each task of a job: its words, the variables beside them, and where the code is kept."""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import LaunchError
+from pipeline.launch.local import PACKAGE
+from pipeline.launch.slurm import Slurm, sbatch_flags
+from pipeline.probe import NOT_CODE, code_digest
+from pipeline.record import JobRecord
+from pipeline.worker import FrozenTask
+
+SCRIPT = next((p for p in (PACKAGE / "slurm/stage.sbatch", PACKAGE.parent / "slurm/stage.sbatch") if p.is_file()), None)
+PREFLIGHT_MINUTES = 10  # at the most: an import from a busy disk may take minutes
+
+
+def task_words(job: JobRecord, task: FrozenTask, limit_s: int | None, after: Sequence[str], token: str) -> list[str]:
+    """Return the command that submits a task.
+
+    Args:
+        limit_s: Longest job that the partition takes, in seconds; null where it takes any.
+        after: Ids of the SLURM jobs that have to end well before.
+        token: A comment that no other job has.
+    """
+    log = "job-%5a.log" if task.stage.ranks == "units" else "job.log"
+    dependency = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+    flags = [*dependency, *sbatch_flags(_run(task), task.stage, limit_s)]
+    return _words(job, task, f"{job.name}.{task.name}", log, token, flags)
+
+
+def needs_preflight(task: FrozenTask) -> bool:
+    """Return whether the nodes of a task are tried first: those of a training on several."""
+    run = _run(task)
+    return run.preflight and task.stage.ranks == "group" and run.nodes > 1
+
+
+def preflight_asks(task: FrozenTask) -> str:
+    """Return what a preflight depends on: tasks of which this is the same need only one."""
+    return task.run.model_dump_json(exclude={"time", "checkpoints", "parallel"})
+
+
+def preflight_words(job: JobRecord, task: FrozenTask, limit_s: int | None, token: str) -> list[str]:
+    """Return the command that submits the job that tries the nodes of a task."""
+    brief = _run(task).model_copy(update={"time": str(PREFLIGHT_MINUTES)})
+    flags = sbatch_flags(brief, task.stage, limit_s)
+    return _words(job, task, f"{job.name}.{task.name}.preflight", "preflight.log", token, flags, "preflight")
+
+
+def _words(
+    job: JobRecord, task: FrozenTask, name: str, log: str, token: str, flags: Sequence[str], command: str = "task"
+) -> list[str]:
+    directory = str(Path(task.directory).absolute())
+    return [
+        "sbatch",
+        "--parsable",
+        f"--job-name={name}",
+        f"--comment={token}",
+        f"--output={directory.replace('%', '%%')}/logs/{log}",
+        f"--chdir={job.directory}",
+        "--open-mode=append",
+        "--requeue",
+        "--export=ALL",
+        *flags,
+        str(script()),
+        command,
+        directory,
+    ]
+
+
+def environment(task: FrozenTask, code: str | None) -> dict[str, str]:
+    """Return the variables that tell slurm/stage.sbatch how to begin.
+
+    Args:
+        code: The directory of the code as it is at submission.
+    """
+    run = _run(task)
+    python = run.python or ("python" if run.setup else sys.executable)
+    return {"PIPELINE_SETUP": "\n".join(run.setup), "PIPELINE_PYTHON": python, "PIPELINE_CODE": code or ""}
+
+
+def in_shell(words: Sequence[str], variables: dict[str, str]) -> str:
+    """Return a command as a person can give it to a shell."""
+    said = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if value]
+    return " ".join([*said, shlex.join(words)])
+
+
+def script() -> Path:
+    """Return slurm/stage.sbatch. Raises LaunchError if this installation has none."""
+    if "PIPELINE_SCRIPT" in os.environ:  # of this job: a job of SLURM that submits its successor
+        return Path(os.environ["PIPELINE_SCRIPT"])
+    if SCRIPT is None:
+        raise LaunchError(f"{PACKAGE}: there is no slurm/stage.sbatch beside it; install the package again")
+    return SCRIPT
+
+
+def _run(task: FrozenTask) -> Slurm:
+    assert isinstance(task.run, Slurm)
+    return task.run
+
+
+def code_place(root: Path) -> Path:
+    """Return where the code that runs now is kept for jobs of this root: `<root>/code/<hash>`."""
+    return (root / "code" / code_digest(PACKAGE)).absolute()
+
+
+def keep_code(root: Path) -> Path:
+    """Copy the code that runs now to where no edit reaches it; return that directory."""
+    kept = code_place(root)
+    if not kept.exists():
+        temporary = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
+        shutil.copytree(PACKAGE, temporary / PACKAGE.name, ignore=shutil.ignore_patterns(*NOT_CODE))
+        try:
+            temporary.rename(kept)
+        except OSError:  # another submission was faster
+            shutil.rmtree(temporary)
+    return kept

@@ -1,0 +1,110 @@
+"""`python -m pipeline cancel JOB[.TASK] [root=DIR]`: ends what waits or runs of a job; what is done or saved stays.
+
+A task that another job waits for too goes on. A job that runs without SLURM ends as a whole: its launcher is asked to
+stop, on the machine where it runs.
+"""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import LaunchError
+from pipeline.jobs.evidence import directory_of
+from pipeline.jobs.look import look
+from pipeline.jobs.states import UNKNOWN, JobStatus, TaskStatus
+from pipeline.jobs.words import find, parse
+from pipeline.launch import scheduler
+from pipeline.record import JobRecord, TaskRecord, read_record
+from pipeline.sharing import deciding, unwant, who_else_wants
+
+PATIENCE_S = 120.0  # until what was cancelled has ended: it saves its state first
+PAUSE_S = 0.5
+
+
+def cancel(arguments: Sequence[str]) -> int:
+    """Cancel a job, or one task of it; return the exit status.
+
+    Raises:
+        ConfigError: If a word is none of those above.
+        ArtifactError: If there is no such job or task.
+        LaunchError: If it runs on another machine, or SLURM does not answer.
+    """
+    words = parse("cancel", arguments, "JOB[.TASK]")
+    record, task = find(words.root, words.names[0])
+    (found,) = look(words.root, [record])
+    if found.problem:
+        raise LaunchError(f"{record.name}: nothing was cancelled: {found.problem}")
+    live = [one for one in found.tasks if not one.is_over and (task is None or one.name == task.name)]
+    if not live:
+        print(f"{words.names[0]}: nothing of it waits or runs")
+        return 0
+    by_slurm = record.launcher == "slurm"
+    cancelled = _cancel_tasks(words.root, record, live) if by_slurm else _stop_launcher(record, live)
+    _wait_for_end(words.root, record.name, cancelled)
+    return 0
+
+
+def _cancel_tasks(root: Path, record: JobRecord, live: Sequence[TaskStatus]) -> list[str]:
+    """Cancel SLURM jobs, from the last task to the first; return the names of those that end."""
+    cancelled = []
+    by_name = {task.name: task for task in record.tasks}
+    for one in reversed(live):
+        if one.job_id is not None and (others := _cancel_task(root, record, by_name[one.name], one.job_id)):
+            wants = "waits" if len(others) == 1 else "wait"
+            print(f"{one.name}: SLURM job {one.job_id} goes on: {', '.join(others)} {wants} for it too", flush=True)
+        elif one.job_id is not None:
+            print(f"{one.name}: cancelled, SLURM job {one.job_id}", flush=True)
+            cancelled.append(one.name)
+    kept = {task.preflight for task in record.tasks if task.name not in cancelled}
+    scheduler.cancel(sorted({by_name[name].preflight or "" for name in cancelled} - {"", *kept}))
+    return cancelled
+
+
+def _cancel_task(root: Path, record: JobRecord, task: TaskRecord, job_id: str) -> list[str]:
+    """Cancel the SLURM job of a task, unless other jobs want it; return those."""
+    directory = directory_of(root, task)
+    if not directory.is_dir():
+        scheduler.cancel([job_id])
+        return []
+    with deciding(directory):
+        unwant(directory, record.name)
+        others = who_else_wants(root, record.name, directory, job_id)
+        if not others:
+            scheduler.cancel([job_id])
+    return others
+
+
+def _stop_launcher(record: JobRecord, live: Sequence[TaskStatus]) -> list[str]:
+    """Ask the process that runs a job to stop; return the names of the tasks that end."""
+    if record.allocation is not None:
+        scheduler.cancel([record.allocation])
+        print(f"{record.name}: cancelled, SLURM job {record.allocation}")
+    elif record.host != socket.gethostname() or record.pid is None:
+        raise LaunchError(
+            f"{record.name}: runs on {record.host}, not on this machine; say there: kill {record.pid}, which lets it "
+            "save its state"
+        )
+    else:
+        try:
+            os.kill(record.pid, signal.SIGTERM)
+        except (ProcessLookupError, PermissionError) as error:
+            raise LaunchError(f"{record.name}: process {record.pid} cannot be asked to stop: {error}") from None
+        print(f"{record.name}: process {record.pid} was asked to stop", flush=True)
+    return [one.name for one in live]
+
+
+def _wait_for_end(root: Path, name: str, cancelled: Sequence[str]) -> None:
+    """Wait until those tasks are over, so that they can be started again at once; say which are not."""
+    deadline = time.monotonic() + PATIENCE_S
+    while left := _not_over(look(root, [read_record(root, name)])[0], cancelled):
+        if time.monotonic() > deadline:
+            print(f"{', '.join(left)}: still saving; python -m pipeline wait {name} returns when that is over")
+            return
+        time.sleep(PAUSE_S)
+
+
+def _not_over(found: JobStatus, names: Sequence[str]) -> list[str]:
+    return [one.name for one in found.tasks if one.name in names and not one.is_over and one.state != UNKNOWN]

@@ -1,0 +1,263 @@
+"""What the directory of a task says of how far it is. Only small files and the ends of big ones are read."""
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import MANIFEST, WORK
+from pipeline.launch.claim import CLAIM
+from pipeline.launch.lock import LOCK, STALE_S, TRIES, read_owner
+from pipeline.perform import read_result
+from pipeline.record import JobRecord, TaskRecord
+from pipeline.stage import ATTEMPT_FILE
+from pipeline.track import METRICS
+
+TAIL_BYTES = 64 * 1024
+CLOCK_S = 5.0  # by which clocks may differ
+ERROR = re.compile(r"^(?:\S+: )?(?:error: .*|\w*(?:Error|Exception): .*|slurmstepd: .*)$")
+PROGRESS = re.compile(r"  (?P<done>[\d,]+)/(?P<total>[\d,]+) (?P<noun>\S[^/]*?)  \d* ?%?")
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What the newest start of a task, or of one element of its array, has left.
+
+    Attributes:
+        status: With which exit status it ended; null if it left none.
+        problem: Why it ended so, or what an earlier try since it was submitted ended with.
+        time: When it ended, in UTC.
+        began: Whether it has begun since it was submitted.
+        tries: How often it has begun.
+        owner: Who works on it, judged by the lock alone.
+        host: The machine of that one.
+        has_ended: Whether all of its ranks have ended well.
+        log_error: The last error in the log of its SLURM job.
+    """
+
+    status: int | None = None
+    problem: str = ""
+    time: str = ""
+    began: bool = False
+    tries: int = 0
+    owner: str | None = None
+    host: str = ""
+    has_ended: bool = False
+    log_error: str = ""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far a task is.
+
+    Attributes:
+        done: Steps of a training; of another task the units of its work that have ended, as far as it says.
+        total: Of how many; null if that is not known.
+        noun: What they are.
+        ranks: Processes of a data task that have ended.
+        loss: Of the last step.
+        tokens_per_s: Of the last step.
+        left_s: Seconds that the rest takes at the pace of the last steps.
+    """
+
+    done: int | None = None
+    total: int | None = None
+    noun: str = ""
+    ranks: int = 0
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    left_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the directory of a task says.
+
+    Attributes:
+        is_there: Whether there is one.
+        is_done: Whether it holds an artifact.
+        claim: The SLURM job that was last submitted for it, and the job that this was for.
+        marks: What each part has left: of a task that is no array only the part "".
+        preflight_error: The last error in the log of the job that tried its nodes.
+    """
+
+    is_there: bool = True
+    is_done: bool = False
+    claim: tuple[str, str] | None = None
+    marks: Mapping[str, Marks] = field(default_factory=dict)
+    pace: Pace = Pace()
+    preflight_error: str = ""
+
+
+def directory_of(root: Path, task: TaskRecord) -> Path:
+    """Return where a task is, also after the root was moved or where other machines see it elsewhere."""
+    recorded = Path(task.directory)
+    moved = root.joinpath(*recorded.parts[-2:])
+    return moved if not recorded.is_dir() and moved.is_dir() else recorded
+
+
+def parts_of(task: TaskRecord) -> list[str]:
+    """Return what the parts of a task that SLURM runs each for itself are called in its directory."""
+    return [f"-{rank:05d}" for rank in range(task.ranks)] if task.is_array else [""]
+
+
+def read_evidence(directory: Path, task: TaskRecord) -> Evidence:
+    """Read what the directory of a task says."""
+    if not directory.is_dir():
+        return Evidence(is_there=False)
+    is_done = (directory / MANIFEST).exists()
+    marks = {part: _read_marks(directory, part) for part in parts_of(task)} if not is_done else {"": Marks()}
+    tried = last_error(directory / "logs" / "preflight.log")
+    return Evidence(True, is_done, read_claim(directory), marks, read_pace(directory, task), tried)
+
+
+def read_claim(directory: Path) -> tuple[str, str] | None:
+    """Return the SLURM job that was last submitted for a task, and the job that this was for."""
+    with suppress(OSError, ValueError, KeyError):
+        data = json.loads((directory / WORK / CLAIM).read_text("utf-8"))
+        return data["slurm"], data["job"]
+    return None
+
+
+def _read_marks(directory: Path, part: str) -> Marks:
+    work = directory / WORK
+    submitted, began = _mtime(work / "task.json"), _mtime(work / f"{ATTEMPT_FILE}{part}")
+    ended = _mtime(work / f"result{part}.json")
+    result = read_result(directory, part)
+    has_begun = began is not None and began >= (submitted or 0.0)
+    is_current = result is not None and ended is not None and ended >= max(submitted or 0.0, began or 0.0)
+    owner = _live_owner(directory, LOCK + part)
+    return Marks(
+        status=result["status"] if result and is_current else None,
+        problem=result["problems"][0] if result and result["problems"] and (ended or 0) >= (submitted or 0) else "",
+        time=result["time"] if result and is_current else "",
+        began=has_begun,
+        tries=_count_tries(work / TRIES, part) if has_begun else 0,
+        owner=str(owner["words"]) if owner else None,
+        host=str(owner["host"]) if owner else "",
+        has_ended=bool(part) and (work / "ranks" / f"{part[1:]}.json").exists(),
+        log_error=last_error(directory / "logs" / f"job{part}.log"),
+    )
+
+
+def _live_owner(directory: Path, lock: str) -> Mapping[str, Any] | None:
+    """Return who works in a directory, as far as that can be seen from this machine without touching the lock."""
+    owner = read_owner(directory, lock)
+    if owner is None:
+        return None
+    if owner["host"] == socket.gethostname():
+        since = owner.get("since", time.time_ns()) / 1e9
+        return owner if is_running(int(owner["pid"]), since) else None
+    beat = _mtime(directory / WORK / lock)
+    return owner if beat is not None and time.time() - beat < STALE_S else None
+
+
+def is_running(pid: int, since: float) -> bool:
+    """Return whether the process of this machine that had this number then, in seconds since the epoch, still runs."""
+    try:
+        booted = int(Path("/proc/stat").read_text().partition("\nbtime ")[2].split()[0])
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, IndexError, ValueError):
+        return False
+    began = booted + int(numbers[18]) / os.sysconf("SC_CLK_TCK")
+    return state != "Z" and began <= since + CLOCK_S
+
+
+def launcher_runs(record: JobRecord) -> bool:
+    """Return whether the process that runs a job lives, if that can be seen from this machine."""
+    if record.pid is None or record.host != socket.gethostname():
+        return False
+    return is_running(record.pid, datetime.fromisoformat(record.submitted).timestamp())
+
+
+def _mtime(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+def _count_tries(path: Path, part: str) -> int:
+    return sum(row.get("share") == part for row in rows_of(path)) or 1
+
+
+def rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the last rows of a file of JSON lines, in their order; what a kill cut is left out."""
+    for line in tail(path).splitlines():
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield row
+
+
+def tail(path: Path, num_bytes: int = TAIL_BYTES) -> str:
+    """Return the end of a file, from the beginning of a line on; nothing if there is none."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - num_bytes))
+            text = file.read(num_bytes)
+    except OSError:
+        return ""
+    if size > num_bytes:
+        text = text.partition(b"\n")[2]
+    return text.decode("utf-8", errors="replace")
+
+
+def last_error(log: Path) -> str:
+    """Return the last line of a log that tells of an error."""
+    return next((line.strip() for line in reversed(tail(log, 8192).splitlines()) if ERROR.match(line.strip())), "")
+
+
+def read_pace(directory: Path, task: TaskRecord) -> Pace:
+    """Return how far a task is: from the rows of a training's steps, else from its notes and the line of its log."""
+    work = directory / WORK
+    rows = [row for row in rows_of(directory / METRICS) if "step" in row and "time" in row]
+    if rows:
+        return _pace_of_steps(rows, _total_steps(work / "task.json"), _mtime(work / ATTEMPT_FILE) or 0.0)
+    ranks = _count(work / "ranks")
+    total, noun = None, ""
+    if found := next(reversed(list(PROGRESS.finditer(tail(directory / "logs" / "rank-00000.log", 4096)))), None):
+        total, noun = int(found["total"].replace(",", "")), found["noun"]
+        if task.ranks == 1:
+            return Pace(int(found["done"].replace(",", "")), total, noun, ranks)
+    units = _count(work / "units")
+    return Pace(units or None, None, "units", ranks) if units else Pace(ranks=ranks)
+
+
+def _pace_of_steps(rows: list[Mapping[str, Any]], total: int | None, began: float) -> Pace:
+    last = rows[-1]
+    recent = [row for row in rows if row["time"] >= began and row["step"] <= last["step"]] or [last]
+    steps, seconds = last["step"] - recent[0]["step"], last["time"] - recent[0]["time"]
+    left_s = None
+    if total is not None and steps > 0:
+        left_s = max(0.0, (total - last["step"]) * seconds / steps - max(0.0, time.time() - last["time"]))
+    return Pace(last["step"], total, "steps", 0, _newest(rows, "loss"), _newest(rows, "tokens_per_s"), left_s)
+
+
+def _newest(rows: list[Mapping[str, Any]], name: str) -> float | None:
+    """Return the last value of a number; a training that has several parts calls it PART/NAME."""
+    found = (row[key] for row in reversed(rows) for key in row if key == name or key.endswith(f"/{name}"))
+    return next((float(value) for value in found), None)
+
+
+def _total_steps(frozen: Path) -> int | None:
+    try:
+        steps = json.loads(frozen.read_text("utf-8"))["stage"].get("steps")
+    except (OSError, ValueError, KeyError):
+        return None
+    return steps if isinstance(steps, int) else None
+
+
+def _count(directory: Path) -> int:
+    try:
+        return sum(entry.name.endswith(".json") for entry in os.scandir(directory))
+    except OSError:
+        return 0

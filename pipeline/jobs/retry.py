@@ -1,0 +1,122 @@
+"""`python -m pipeline retry JOB [root=DIR]`: starts again what of a job did not end well, exactly as it was.
+
+The settings are those of the time when the job was started, whatever its YAML files say now, and on SLURM so is the
+code. What is done is not made again; units of work and checkpoints that are there are continued from.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.artifact import MANIFEST, Artifact
+from pipeline.env import STOP_SIGNALS, StopRequest
+from pipeline.errors import ConfigError, LaunchError
+from pipeline.execute import execute_frozen
+from pipeline.jobs.look import look
+from pipeline.jobs.states import RUNNING, JobStatus
+from pipeline.jobs.words import parse
+from pipeline.launch.local import Local
+from pipeline.operate import made_line
+from pipeline.plan import identify_sources
+from pipeline.record import JobRecord, launcher_here, now, read_frozen, read_record, write_record
+from pipeline.submit import submit_frozen
+from pipeline.worker import FrozenTask, commit
+
+PATIENCE_S = 120.0
+ENDING = "COMPLETING"  # SLURM's state of a job whose processes are being ended
+
+
+def retry(arguments: Sequence[str]) -> int:
+    """Start again what did not end well; return the exit status.
+
+    Raises:
+        ConfigError: If a word is none of those above, or raw files are no longer those of the job.
+        ArtifactError: If there is no such job, or it was not kept how it was started.
+        LaunchError: If it is under way, or cannot be started again here.
+        PipelineError: For a job without SLURM, why it failed this time.
+    """
+    words = parse("retry", arguments, "JOB")
+    root, name = words.root.absolute(), words.names[0]
+    record = read_record(root, name)
+    found = _look_after_ending(root, record)
+    if record.launcher == "local" and any(task.state == RUNNING for task in found.tasks):
+        where = f"process {record.pid} on {record.host}"
+        raise LaunchError(f"{name}: is under way ({where}); wait for it, or end it: python -m pipeline cancel {name}")
+    tasks = read_frozen(root, name)
+    _enter(record)
+    left = [task for task in tasks if not (Path(task.directory) / MANIFEST).exists()]
+    if not left:
+        print(f"{name}: all {len(tasks)} tasks are done; there is nothing to do again")
+        return 0
+    _check_sources(left)
+    if record.launcher == "slurm":
+        fresh = [
+            task.model_copy(update={"slurm": None, "preflight": None, "shared_with": None}) for task in record.tasks
+        ]
+        submit_frozen(root, record.model_copy(update={"tasks": fresh, "submitted": now()}), tasks)
+        return 0
+    _run_here(root, record, tasks)
+    return 0
+
+
+def _look_after_ending(root: Path, record: JobRecord) -> JobStatus:
+    """Return how far a job is, once SLURM has ended what it is about to end: as after a cancel."""
+    deadline, said = time.monotonic() + PATIENCE_S, False
+    while True:
+        (found,) = look(root, [record])
+        if all(task.reason != ENDING for task in found.tasks) or time.monotonic() > deadline:
+            return found
+        if not said:
+            print(f"{record.name}: waits until SLURM has ended what runs", flush=True)
+        said = True
+        time.sleep(1)
+
+
+def _enter(record: JobRecord) -> None:
+    """Go to where the job was started, for paths that are relative to that. Raises LaunchError if it is gone."""
+    try:
+        os.chdir(record.directory)
+    except OSError as error:
+        raise LaunchError(
+            f"{record.name}: was started in {record.directory}, which cannot be entered ({error.strerror}); start the "
+            "job anew"
+        ) from None
+
+
+def _check_sources(tasks: Sequence[FrozenTask]) -> None:
+    """Refuse raw files that have changed. Raises ConfigError with each setting that names some."""
+    problems = []
+    for task in tasks:
+        for setting, identity in identify_sources(task.stage).items():
+            if identity != task.sources[setting]:
+                problems.append(
+                    f"{task.where}.{setting}: its files have changed since the job was started, so that it would be "
+                    f"another job; start that: python -m pipeline job={task.job}"
+                )
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _run_here(root: Path, record: JobRecord, tasks: Sequence[FrozenTask]) -> None:
+    """Run a job again that ran on a machine, with the code that is there now.
+
+    Raises:
+        LaunchError: If it ran in an allocation of SLURM.
+    """
+    if not all(isinstance(task.run, Local) for task in tasks):
+        raise LaunchError(
+            f"{record.name}: ran inside SLURM job {record.allocation}, which sbatch began by hand; submit that again"
+        )
+    code = commit()
+    tasks = [task.model_copy(update={"commit": code}) for task in tasks]
+    record = record.model_copy(update={"commit": code, "submitted": now(), **launcher_here()})
+    with StopRequest().listening(*STOP_SIGNALS, signal.SIGHUP, signal.SIGINT) as stop:
+        write_record(root, record, tasks)
+        execute_frozen(root, tasks, record.name, stop, _say)
+    print(f"{record.name}: done; python -m pipeline status {record.name} shows it")
+
+
+def _say(task: FrozenTask, made: Artifact) -> None:
+    print(made_line(task.name, task.stage, made), flush=True)

@@ -1,0 +1,324 @@
+"""How far the tasks of a job are, judged from what their directories say and what SLURM says.
+
+Success is the manifest, and failure what a task has left in `work/result.json`. SLURM is believed about what waits and
+runs, and about what ended without a word.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from pipeline.errors import Interrupted, LaunchError, Preempted
+from pipeline.jobs.evidence import Evidence, Marks, Pace, parts_of
+from pipeline.launch.scheduler import Seen
+from pipeline.record import JobRecord, TaskRecord
+
+DONE, RUNNING, WAITING, UNKNOWN = "done", "running", "waiting", "unknown"
+FAILED, LOST, CANCELLED, STOPPED, NEVER = "failed", "lost", "cancelled", "stopped", "never started"
+UNDER_WAY = (RUNNING, WAITING, UNKNOWN)
+GRAVEST = (RUNNING, WAITING, UNKNOWN, FAILED, LOST, CANCELLED, STOPPED, NEVER, DONE)  # what stands for several
+WAITS = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+STOPS = (Preempted.exit_status, Interrupted.exit_status)
+NEVER_SATISFIED = "DependencyNeverSatisfied"
+DIED = {  # of SLURM's states
+    "TIMEOUT": "its time was over",
+    "OUT_OF_MEMORY": "out of memory",
+    "NODE_FAIL": "its node failed",
+    "BOOT_FAIL": "its node did not start",
+    "DEADLINE": "its deadline has passed",
+}
+
+
+@dataclass(frozen=True)
+class TaskStatus:
+    """How far a task is. `status --json` prints these fields.
+
+    Attributes:
+        state: "done", "running", "waiting" (in the queue, or for its turn); of what is over without being done
+            "failed", "lost" (ended without a word), "cancelled", "stopped" (its state is saved; retry continues it),
+            "never started"; "unknown" where SLURM had to be asked and does not answer.
+        reason: Why it waits, as SLURM says it (Resources, Priority, Dependency, BeginTime after a requeue), or in
+            which state of SLURM it ended.
+        job_id: Of SLURM.
+        shared_with: The job that submitted it, where another one did.
+        nodes: Where it runs or ran.
+        tries: How often it has begun since it was submitted.
+        elements: Of an array: how many of its elements are in which state.
+        done: Steps of a training, or units of other work, of `total` `noun`; null where nothing says so.
+        ranks_done: Processes of a data task that have ended well, of `ranks`.
+        loss, tokens_per_s: Of the last step.
+        left_s: Seconds that the rest will take, while it runs.
+        error: The last error, or why it never started.
+        exit_status: That of a failed or stopped task; 0 once it is done; null before.
+    """
+
+    name: str
+    kind: str
+    state: str
+    reason: str = ""
+    job_id: str | None = None
+    shared_with: str | None = None
+    nodes: str = ""
+    tries: int = 0
+    elements: dict[str, int] = field(default_factory=dict)
+    done: int | None = None
+    total: int | None = None
+    noun: str = ""
+    ranks_done: int = 0
+    ranks: int = 1
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    left_s: float | None = None
+    error: str = ""
+    exit_status: int | None = None
+    directory: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more happens to it by itself."""
+        return self.state not in UNDER_WAY
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """How far a job is.
+
+    Attributes:
+        problem: Why SLURM could not be asked, though it had to be.
+    """
+
+    record: JobRecord
+    tasks: list[TaskStatus]
+    problem: str = ""
+
+    @property
+    def state(self) -> str:
+        """The state that stands for all tasks."""
+        return _gravest([task.state for task in self.tasks])
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more happens to any task by itself."""
+        return all(task.is_over for task in self.tasks)
+
+    @property
+    def exit_status(self) -> int | None:
+        """0 if the job is done, else that of the first task that failed, else was lost or stopped; null before that."""
+        if not self.is_over:
+            return None
+        for state in (FAILED, LOST, CANCELLED, STOPPED, NEVER):
+            for task in self.tasks:
+                if task.state == state:
+                    return task.exit_status or LaunchError.exit_status
+        return 0
+
+    def plain(self) -> dict[str, Any]:
+        """Return what `status --json` prints."""
+        return {
+            "job": self.record.name,
+            "state": self.state,
+            "exit_status": self.exit_status,
+            "launcher": self.record.launcher,
+            "submitted": self.record.submitted,
+            "problem": self.problem,
+            "tasks": [asdict(task) for task in self.tasks],
+        }
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """The state of one part of a task, and why."""
+
+    state: str
+    reason: str = ""
+    error: str = ""
+    exit_status: int | None = None
+
+
+def judge(
+    record: JobRecord, evidence: Mapping[str, Evidence], seen: Mapping[str, Seen] | None, launcher_runs: bool = False
+) -> list[TaskStatus]:
+    """Return the state of every task of a job.
+
+    Args:
+        evidence: What the directory of each task says, by the task's name.
+        seen: What SLURM says of its jobs and of the elements of its arrays, by id; null if it does not answer.
+        launcher_runs: Whether the process that runs the job on a machine lives.
+    """
+    judged: dict[str, TaskStatus] = {}
+    for task in record.tasks:
+        needs = [judged[name] for name in task.needs if name in judged]
+        judged[task.name] = _judge_task(task, evidence[task.name], seen, launcher_runs, needs)
+    return list(judged.values())
+
+
+def _judge_task(
+    task: TaskRecord,
+    evidence: Evidence,
+    seen: Mapping[str, Seen] | None,
+    launcher_runs: bool,
+    needs: Sequence[TaskStatus],
+) -> TaskStatus:
+    job_id, shared = _job_of(task, evidence, seen)
+    here = {} if seen is None or job_id is None else {id: s for id, s in seen.items() if id.partition("_")[0] == job_id}
+    status = TaskStatus(
+        name=task.name,
+        kind=task.kind,
+        state=DONE,
+        job_id=job_id,
+        shared_with=shared,
+        nodes=",".join(dict.fromkeys(one.nodes for one in here.values() if one.nodes)),
+        tries=max((marks.tries for marks in evidence.marks.values()), default=0),
+        ranks=task.ranks,
+        exit_status=0,
+        directory=task.directory,
+    )
+    pace = evidence.pace
+    if evidence.is_done:
+        return _with_pace(replace(status, ranks_done=task.ranks), replace(pace, left_s=None, ranks=task.ranks))
+    parts = {}
+    for part in parts_of(task):
+        marks = evidence.marks.get(part, Marks())
+        one = here.get(f"{job_id}_{int(part[1:])}" if part else f"{job_id}")
+        asked = seen is not None or job_id is None
+        parts[part] = _judge_part(marks, one, asked, launcher_runs, bool(needs) and any(n.state != DONE for n in needs))
+    whole = _combine(parts)
+    if not evidence.is_there and whole.state not in UNDER_WAY:
+        whole = replace(whole, error=f"its directory is gone: {task.directory}")
+    if whole.state == NEVER and (why := _why_never(needs) or _why_refused(task, evidence)):
+        whole = replace(whole, error=why)
+    if whole.state == WAITING and not whole.reason and (open_ := [n.name for n in needs if n.state != DONE]):
+        whole = replace(whole, reason=f"for {', '.join(open_)}")
+    if whole.state != RUNNING:
+        pace = replace(pace, left_s=None)
+    hosts = ",".join(dict.fromkeys(marks.host for marks in evidence.marks.values() if marks.host))
+    status = replace(
+        status,
+        state=whole.state,
+        reason=whole.reason,
+        error=whole.error,
+        exit_status=whole.exit_status,
+        nodes=status.nodes or hosts,
+        elements=dict(Counter(part.state for part in parts.values())) if task.is_array else {},
+    )
+    return _with_pace(status, pace)
+
+
+def _job_of(task: TaskRecord, evidence: Evidence, seen: Mapping[str, Seen] | None) -> tuple[str | None, str | None]:
+    """Return the SLURM job that makes a task, and which other job submitted that; it may have been submitted anew."""
+    if task.slurm is not None and evidence.claim is not None and evidence.claim[0] != task.slurm and seen is not None:
+        mine = [one for id, one in seen.items() if id.partition("_")[0] == task.slurm]
+        theirs = [one for id, one in seen.items() if id.partition("_")[0] == evidence.claim[0]]
+        if any(not one.is_over for one in theirs) and all(one.is_over for one in mine):
+            return evidence.claim
+    return task.slurm, task.shared_with
+
+
+def _judge_part(marks: Marks, seen: Seen | None, asked: bool, launcher_runs: bool, is_blocked: bool) -> _Judgement:
+    """Judge a task that is no array, or one element.
+
+    Args:
+        seen: What SLURM says of it; null if nothing.
+        asked: Whether SLURM was asked, or need not be.
+        is_blocked: Whether a task that it needs is not done.
+    """
+    if seen is not None and not seen.is_over:  # the last element of an array publishes after its rank has ended
+        return _judge_queued(marks, seen)
+    if marks.has_ended and marks.status in (None, 0):
+        return _Judgement(DONE, exit_status=0) if asked else _Judgement(UNKNOWN)
+    if seen is None and marks.owner is not None and marks.status is None:
+        return _Judgement(RUNNING, "" if asked else "by its lock")
+    if seen is not None and seen.state == CANCELLED.upper():
+        if seen.reason == NEVER_SATISFIED or (is_blocked and not marks.began and seen.reason == ""):
+            return _Judgement(NEVER, seen.reason, exit_status=LaunchError.exit_status)
+        return _Judgement(CANCELLED, seen.state, marks.problem, Preempted.exit_status)
+    if marks.status:
+        state = STOPPED if marks.status in STOPS else FAILED
+        return _Judgement(state, "" if seen is None else seen.state, marks.problem, marks.status)
+    if seen is not None:
+        return _judge_silent(marks, seen)
+    return _judge_forgotten(marks, asked, launcher_runs)
+
+
+def _judge_queued(marks: Marks, seen: Seen) -> _Judgement:
+    """Judge what SLURM says waits or runs; of an earlier try it tells how that ended."""
+    if seen.state not in WAITS:
+        return _Judgement(RUNNING, "" if seen.state == RUNNING.upper() else seen.state, marks.problem)
+    if seen.reason == NEVER_SATISFIED:
+        return _Judgement(NEVER, seen.reason, exit_status=LaunchError.exit_status)
+    return _Judgement(WAITING, seen.reason if seen.reason != "None" else "", marks.problem)
+
+
+def _judge_forgotten(marks: Marks, asked: bool, launcher_runs: bool) -> _Judgement:
+    """Judge what SLURM knows nothing of, and what has left no word of its end."""
+    if not asked:
+        return _Judgement(UNKNOWN)
+    if launcher_runs:
+        return _Judgement(RUNNING if marks.began else WAITING)
+    if not marks.began and marks.status is None:
+        return _Judgement(NEVER, exit_status=LaunchError.exit_status)
+    return _Judgement(LOST, "", marks.log_error or "it ended without a word", LaunchError.exit_status)
+
+
+def _judge_silent(marks: Marks, seen: Seen) -> _Judgement:
+    """Judge what SLURM says is over, though it left no result."""
+    if seen.state == "PREEMPTED":
+        return _Judgement(STOPPED, seen.state, exit_status=Preempted.exit_status)
+    if seen.state == "COMPLETED":
+        return _Judgement(LOST, seen.state, "it left neither a result nor an artifact", LaunchError.exit_status)
+    how = DIED.get(seen.state, "")
+    error = ": ".join(filter(None, [how, marks.log_error])) or "it left no reason; see its logs"
+    return _Judgement(FAILED, seen.state, error, LaunchError.exit_status)
+
+
+def _gravest(states: Sequence[str]) -> str:
+    return min(states, key=GRAVEST.index, default=DONE)
+
+
+def _combine(parts: Mapping[str, _Judgement]) -> _Judgement:
+    """Return the state of an array: that of an element that is under way, or of the first that did not end well."""
+    if list(parts) == [""]:
+        return parts[""]
+    state = _gravest([part.state for part in parts.values()])
+    if state == DONE:  # and yet nobody has published
+        return _Judgement(LOST, "", "all elements have ended, but nothing was published", LaunchError.exit_status)
+    of_state = {int(name[1:]): part for name, part in parts.items() if part.state == state}
+    bad = {int(name[1:]): part for name, part in parts.items() if part.state in (FAILED, LOST)}
+    wrong = next(iter(bad.items()), next(((n, part) for n, part in of_state.items() if part.error), None))
+    error = f"element {wrong[0]}: {wrong[1].error or wrong[1].reason}" if wrong else ""
+    reasons = Counter(part.reason for part in of_state.values() if part.reason)
+    first = next(iter(of_state.values()))
+    return _Judgement(state, next(iter(reasons), ""), error, first.exit_status)
+
+
+def _why_never(needs: Sequence[TaskStatus]) -> str:
+    """Return which task one that never started has waited for, and why that was not made."""
+    blamed = [task for task in needs if task.state not in (DONE, *UNDER_WAY)]
+    if not blamed:
+        return ""
+    first = next((task for task in blamed if task.state != NEVER), blamed[0])
+    if first.state == NEVER:
+        return first.error if first.error.startswith("waited for ") else f"waited for {first.name}, which never started"
+    verb = "" if first.state == FAILED else "was "
+    return f"waited for {first.name}, which {verb}{first.state}" + (f": {first.error}" if first.error else "")
+
+
+def _why_refused(task: TaskRecord, evidence: Evidence) -> str:
+    """Return what was wrong with the nodes of a task that were tried before it."""
+    if task.preflight is None:
+        return ""
+    return f"its nodes were tried first, by SLURM job {task.preflight}: {evidence.preflight_error or 'it did not pass'}"
+
+
+def _with_pace(status: TaskStatus, pace: Pace) -> TaskStatus:
+    return replace(
+        status,
+        done=pace.done,
+        total=pace.total,
+        noun=pace.noun,
+        ranks_done=pace.ranks,
+        loss=pace.loss,
+        tokens_per_s=pace.tokens_per_s,
+        left_s=None if pace.left_s is None else round(pace.left_s, 1),
+    )

@@ -1,0 +1,220 @@
+"""`python -m pipeline status [JOB] [--watch] [--json] [root=DIR]`: how far jobs are, or the tasks of one job.
+
+--watch shows it again and again until nothing waits or runs any more; Ctrl-C only ends the looking. --json prints one
+object for scripts: {"job", "state", "exit_status", "launcher", "submitted", "problem", "tasks": [{"name", "kind",
+"state", "reason", "job_id", "shared_with", "nodes", "tries", "elements", "done", "total", "noun", "ranks_done",
+"ranks", "loss", "tokens_per_s", "left_s", "error", "exit_status", "directory"}, ...]}; without JOB a list of those. A
+state is "done", "running", "waiting", "failed", "lost" (ended without a word), "cancelled", "stopped" (its state is
+saved; retry continues it), "never started", or "unknown" where SLURM does not answer. What is not known is null.
+`status` itself ends with 0, however the job is; `wait` ends with the job's own exit status.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.errors import PipelineError
+from pipeline.jobs.look import look
+from pipeline.jobs.states import CANCELLED, DONE, FAILED, LOST, RUNNING, WAITING, JobStatus, TaskStatus
+from pipeline.jobs.words import parse
+from pipeline.progress import clock, terminal_width
+from pipeline.record import RECORD, JobRecord, read_record
+
+FLAGS = {"--watch": bool, "--json": bool}
+REFRESH_S = 3.0
+STYLES = {DONE: "green", RUNNING: "cyan", FAILED: "red", LOST: "red", CANCELLED: "yellow"}
+LESS_TELLING = ("node", "tokens/s", "job id", "loss")  # in this order
+UNBOUNDED = 1000  # columns, where nobody sees a terminal
+
+
+def status(arguments: Sequence[str]) -> int:
+    """Print how far jobs are; return the exit status.
+
+    Raises:
+        ConfigError: If a word is none of those above.
+        ArtifactError: If there is no such job.
+    """
+    words = parse("status", arguments, None, FLAGS)
+    name = words.names[0] if words.names else None
+    as_json = bool(words.flags.get("--json"))
+    if words.flags.get("--watch"):
+        with suppress(KeyboardInterrupt):  # nothing but the looking ends
+            _watch(words.root, name, as_json)
+        return 0
+    found = _look(words.root, name)
+    print(_as_json(found, name is not None, 1) if as_json else _text(_page(found, name)))
+    return 0
+
+
+def _look(root: Path, name: str | None) -> list[JobStatus]:
+    return look(root, [read_record(root, name)] if name else list(_records(root)))
+
+
+def _records(root: Path) -> Iterator[JobRecord]:
+    """Yield the records of all jobs; of one that cannot be read only that is said."""
+    for path in sorted((root / "jobs").glob(f"*/{RECORD}")):
+        try:
+            yield read_record(root, path.parent.name)
+        except PipelineError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _as_json(found: Sequence[JobStatus], is_one: bool, indent: int | None) -> str:
+    plain = [one.plain() for one in found]
+    return json.dumps(plain[0] if is_one else plain, indent=indent, ensure_ascii=False)
+
+
+def _watch(root: Path, name: str | None, as_json: bool) -> None:
+    """Show again and again how far it is until all is over: drawn in place on a terminal, else when it has changed."""
+    if as_json:
+        while True:
+            found = _look(root, name)
+            print(_as_json(found, name is not None, None), flush=True)
+            if all(one.is_over for one in found):
+                return
+            time.sleep(REFRESH_S)
+    if terminal_width() is not None:
+        with Live(console=Console(highlight=False), auto_refresh=False, vertical_overflow="visible") as screen:
+            while True:
+                found = _look(root, name)
+                screen.update(_page(found, name), refresh=True)
+                if all(one.is_over for one in found):
+                    return
+                time.sleep(REFRESH_S)
+    shown = ""
+    while True:
+        found = _look(root, name)
+        if (text := _text(_page(found, name))) != shown:
+            print(text, flush=True)
+            shown = text
+        if all(one.is_over for one in found):
+            return
+        time.sleep(REFRESH_S)
+
+
+def _page(found: Sequence[JobStatus], name: str | None) -> Group:
+    """Return what is shown: a table of jobs, or of the tasks of one."""
+    problems = [Text(text, "yellow") for text in dict.fromkeys(one.problem for one in found) if text]
+    if name is None:
+        return Group(_jobs(found) if found else Text("no job was started here; root=DIR says where"), *problems)
+    errors = _errors(found[0]) if terminal_width() is not None else []  # else in the line of their task, for grep
+    return Group(_tasks(found[0], terminal_width()), *errors, *problems, *_hints(found[0]))
+
+
+def _text(page: Group) -> str:
+    """Return a page as plain lines without padding: colours and folding only where a terminal shows it."""
+    width = terminal_width()
+    console = Console(width=width or UNBOUNDED, highlight=False)
+    with console.capture() as text:
+        console.print(page, crop=False)
+    return "\n".join(line.rstrip() for line in text.get().splitlines())
+
+
+def _jobs(found: Sequence[JobStatus]) -> Table:
+    table = _table("job", "state", "done", "now", "started", "on")
+    for one in found:
+        now = [task for task in one.tasks if task.state == one.state and task.state != DONE]
+        what = ", ".join(task.name for task in now[:3]) + (", …" if len(now) > 3 else "")
+        done = f"{sum(task.state == DONE for task in one.tasks)}/{len(one.tasks)}"
+        state = Text(one.state, STYLES.get(one.state, ""))
+        table.add_row(one.record.name, state, done, what, one.record.submitted, one.record.launcher)
+    return table
+
+
+def _tasks(job: JobStatus, width: int | None) -> Table:
+    """Return the table of a job's tasks; a terminal that is too narrow does without its less telling columns."""
+    if width is None:
+        return _tasks_without(job, frozenset())
+    for number in range(len(LESS_TELLING) + 1):
+        table = _tasks_without(job, frozenset(("last error", *LESS_TELLING[:number])))
+        if Console(width=UNBOUNDED).measure(table).maximum <= width:
+            break
+    return table
+
+
+def _tasks_without(job: JobStatus, left_out: Collection[str]) -> Table:
+    rows = [_cells(task) for task in job.tasks]
+    headings = [heading for heading in _cells(job.tasks[0]) if heading not in left_out] if rows else []
+    table = _table(*headings)
+    for row in rows:
+        table.add_row(*(row[heading] for heading in headings))
+    return table
+
+
+def _cells(task: TaskStatus) -> dict[str, Text | str]:
+    return {
+        "task": task.name,
+        "state": Text(describe(task), STYLES.get(task.state, "")),
+        "job id": (task.job_id or "") + (f" of {task.shared_with}" if task.shared_with else ""),
+        "node": task.nodes,
+        "progress": _progress(task),
+        "loss": "" if task.loss is None else f"{task.loss:.4f}",
+        "tokens/s": "" if task.tokens_per_s is None else f"{task.tokens_per_s:,.0f}",
+        "left": "" if task.left_s is None else clock(task.left_s),
+        "last error": _error(task),
+    }
+
+
+def _error(task: TaskStatus) -> str:
+    return task.error.splitlines()[0] if task.error and task.state != DONE else ""
+
+
+def _errors(job: JobStatus) -> list[Text]:
+    """Return the last errors, those that are the same in one line: a column of a narrow terminal has no room."""
+    errors = dict.fromkeys(filter(None, map(_error, job.tasks)))
+    of_error = {error: ", ".join(task.name for task in job.tasks if _error(task) == error) for error in errors}
+    return [Text.assemble((f"{names}: ", "bold"), error, overflow="fold") for error, names in of_error.items()]
+
+
+def describe(task: TaskStatus) -> str:
+    """Return the state of a task in a few words: of an array how many elements are in which, and which try it is."""
+    words = task.state
+    if len(task.elements) > 1 or (task.elements and task.state in (RUNNING, WAITING)):
+        total = sum(task.elements.values())
+        counts = [f"{count}/{total} {state}" for state, count in sorted(task.elements.items(), key=_done_first)]
+        words = ", ".join(counts)
+    elif task.state == WAITING and task.reason.startswith("for "):
+        words = f"waiting {task.reason}"
+    if task.reason and task.state in (WAITING, RUNNING) and not task.reason.startswith("for "):
+        words += f" ({task.reason})"
+    return f"{words}, try {task.tries}" if task.tries > 1 and task.state != DONE else words
+
+
+def _done_first(item: tuple[str, int]) -> tuple[bool, str]:
+    return item[0] != DONE, item[0]
+
+
+def _progress(task: TaskStatus) -> str:
+    if task.done is not None:
+        if task.total:
+            return f"{task.done:,}/{task.total:,} {task.noun}"
+        return f"{task.done:,} {task.noun.removesuffix('s') if task.done == 1 else task.noun}"
+    if task.ranks > 1 and task.state != DONE and task.ranks_done:
+        return f"{task.ranks_done}/{task.ranks} ranks"
+    return ""
+
+
+def _hints(job: JobStatus) -> list[Text]:
+    """Return what to do next, where something has to be done."""
+    name, state = job.record.name, job.state
+    if not job.is_over or state == DONE:
+        return []
+    bad = next(task for task in job.tasks if task.state == state)
+    lines = [f"why: python -m pipeline logs {name}.{bad.name}"] if state in (FAILED, LOST) else []
+    return [Text("\n".join([*lines, f"continue: python -m pipeline retry {name}"]))]
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        right = heading in ("loss", "tokens/s", "left")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=True)
+    return table

@@ -1,0 +1,162 @@
+"""What a cluster would refuse of a job, said before anything is frozen or submitted; all of it together."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.artifact import MANIFEST
+from pipeline.batch import script
+from pipeline.errors import LaunchError
+from pipeline.launch import scheduler
+from pipeline.launch.claim import live_claim
+from pipeline.launch.lock import locked, read_owner
+from pipeline.launch.scheduler import Partition
+from pipeline.launch.slurm import Slurm, sbatch_flags, seconds_of, uses_device
+from pipeline.record import RECORD, read_record
+from pipeline.settings import nearest
+from pipeline.sharing import own
+from pipeline.worker import FrozenTask
+
+SHORTEST_S = 60  # SLURM counts in minutes
+
+Answers = dict[tuple[str, ...], tuple[str, str] | None]  # of `scheduler.refusal`, by what was asked
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a cluster has: its partitions by name, and how many elements an array of jobs may have."""
+
+    partitions: dict[str, Partition]
+    max_array: int
+
+    def partition(self, run: Slurm) -> Partition | None:
+        """Return the partition that a task goes to; null if there is none of this name."""
+        if run.partition is not None:
+            return self.partitions.get(run.partition.partition(",")[0])
+        return next((one for one in self.partitions.values() if one.is_default), None)
+
+    def limit_s(self, run: Slurm) -> int | None:
+        """Return the seconds of the longest job that the partition of a task takes; null where it takes any."""
+        partition = self.partition(run)
+        return partition.limit_s if partition else None
+
+
+def read_cluster() -> Cluster:
+    """Return what this cluster has. Raises LaunchError if SLURM does not say."""
+    return Cluster(scheduler.partitions(), scheduler.max_array())
+
+
+def bounded(run: Slurm, cluster: Cluster) -> Slurm:
+    """Return the settings of a data task with an array no longer than the cluster allows."""
+    most = min(run.ranks, cluster.max_array)
+    return run.model_copy(update={"array": most, "ranks": most})
+
+
+def live_jobs(root: Path, name: str) -> list[str]:
+    """Return the ids of the SLURM jobs of a job that wait or run. Raises LaunchError if SLURM does not answer."""
+    if not (root / "jobs" / name / RECORD).is_file():
+        return []
+    record = read_record(root, name)
+    ids = {one for task in own(record) for one in (task.slurm, task.preflight) if one}
+    return sorted({seen.id.partition("_")[0] for seen in scheduler.look(ids).values() if not seen.is_over})
+
+
+def refuse_live(root: Path, name: str) -> None:
+    """Refuse to start a job anew whose SLURM jobs wait or run.
+
+    Raises:
+        LaunchError: If it is under way, or SLURM does not say.
+    """
+    if live := live_jobs(root, name):
+        raise LaunchError(
+            f"{name}: a job of this name is under way (SLURM job {', '.join(live)}); wait for it "
+            f"(python -m pipeline status {name}), or end it (python -m pipeline cancel {name})"
+        )
+
+
+def refuse_working(tasks: Sequence[FrozenTask]) -> None:
+    """Refuse tasks that somebody works at without SLURM. Raises LaunchError with who does."""
+    for directory in (Path(task.directory) for task in tasks):
+        if read_owner(directory) is not None and live_claim(directory) is None:
+            with locked(directory):
+                pass
+
+
+def refusals(root: Path, tasks: Sequence[FrozenTask], cluster: Cluster | None, said: Slurm | None = None) -> list[str]:
+    """Return a line for everything that would be refused.
+
+    Args:
+        cluster: Null where there is no SLURM: then only what is wrong everywhere is found.
+        said: The settings as the command line said them, so that a line names the one to change.
+
+    Raises:
+        LaunchError: If SLURM does not answer.
+    """
+    found: dict[str, list[str]] = {}
+    answers: Answers = {}
+    for task in tasks:
+        if not (Path(task.directory) / MANIFEST).exists():
+            for problem in _refused(task, cluster, said, answers):
+                found.setdefault(problem, []).append(task.name)
+    lines = [f"{problem} ({', '.join(names)})" for problem, names in found.items()]
+    return [*_not_writable(root), *lines]
+
+
+def _not_writable(root: Path) -> Iterator[str]:
+    place = root.absolute()
+    while not place.exists() and not place.is_symlink():
+        place = place.parent
+    if not place.is_dir():
+        yield f"root: wanted a directory, but {place} is a file; root=DIR chooses another place"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield f"root: cannot write in {place}; root=DIR chooses another place"
+
+
+def _refused(task: FrozenTask, cluster: Cluster | None, said: Slurm | None, answers: Answers) -> Iterator[str]:
+    run = task.run
+    assert isinstance(run, Slurm)
+    problems = []
+    if run.time is not None and (seconds_of(run.time) or 0) < SHORTEST_S:
+        problems.append(f"{_place('time', task, said)}: wanted a minute or more, found '{run.time}'")
+    if cluster is not None and not problems:
+        problems += _too_much(task, run, cluster, said)
+    if cluster is not None and not problems and (answer := _ask(task, run, cluster, answers)) is not None:
+        setting, problem = answer
+        value = f"'{getattr(run, setting)}' is refused" if setting else "what this task asks for is refused"
+        problems.append(f"{_place(setting, task, said)}: {value}: {problem}")
+    yield from problems
+
+
+def _ask(task: FrozenTask, run: Slurm, cluster: Cluster, answers: Answers) -> tuple[str, str] | None:
+    """Return which setting of a task SLURM would refuse, and why; null if it would take the task, perhaps later."""
+    words = ("sbatch", *sbatch_flags(run, task.stage, cluster.limit_s(run)), str(script()))
+    if words not in answers:
+        answers[words] = scheduler.refusal(words)
+    answer, partition = answers[words], cluster.partition(run)
+    if answer is not None and scheduler.NOT_AVAILABLE in answer[1] and partition is not None and not partition.is_whole:
+        return None  # as far as anybody can tell
+    return answer
+
+
+def _too_much(task: FrozenTask, run: Slurm, cluster: Cluster, said: Slurm | None) -> Iterator[str]:
+    partition, fewest = cluster.partition(run), run.elastic or run.nodes
+    if partition is None:
+        name = run.partition or ""
+        known = nearest(name, list(cluster.partitions))
+        yield f"{_place('partition', task, said)}: no partition is called '{name}'{known}"
+    elif fewest > partition.num_nodes:
+        yield (
+            f"{_place('elastic' if run.elastic else 'nodes', task, said)}: wanted {fewest} nodes, but partition "
+            f"'{partition.name}' has {partition.num_nodes}"
+        )
+
+
+def _place(setting: str, task: FrozenTask, said: Slurm | None) -> str:
+    """Return the dotted path of the setting that a task has this of."""
+    if said is not None and setting:
+        if getattr(said.tasks.get(task.name), setting, None) is not None:
+            return f"run.tasks.{task.name}.{setting}"
+        if not uses_device(task.stage) and getattr(said.data, setting, None) is not None:
+            return f"run.data.{setting}"
+    return f"run.{setting}" if setting else "run"

@@ -1,0 +1,154 @@
+"""What a task's directory says of it; the directories are made up."""
+
+import json
+import os
+import subprocess
+import time
+
+import pytest
+
+from pipeline.jobs.evidence import directory_of, is_running, last_error, read_evidence, tail
+from pipeline.launch.lock import locked
+from pipeline.record import TaskRecord
+
+
+def record(directory, ranks=1, is_array=False):
+    return TaskRecord(
+        name="a",
+        kind="pretrain",
+        directory=str(directory),
+        fingerprint="0",
+        needs=[],
+        ranks=ranks,
+        is_array=is_array,
+        slurm="7",
+    )
+
+
+def write(path, text, age_s=0.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    os.utime(path, (time.time() - age_s,) * 2)
+
+
+def result(status, *problems):
+    return {"status": status, "problems": problems, "where": "n1", "job": "7", "time": "2026-01-01T00:00:00+00:00"}
+
+
+def read(directory, **more):
+    return read_evidence(directory, record(directory, **more))
+
+
+def test_a_result_counts_only_if_nothing_was_submitted_or_begun_after_it(tmp_path):
+    write(tmp_path / "work/task.json", {"stage": {}}, age_s=90)
+    write(tmp_path / "work/attempt", "1", age_s=80)
+    write(tmp_path / "work/result.json", result(75, "saved"), age_s=70)
+    (marks,) = read(tmp_path).marks.values()
+    assert (marks.status, marks.problem, marks.began) == (75, "saved", True)
+    write(tmp_path / "work/attempt", "2", age_s=60)
+    (marks,) = read(tmp_path).marks.values()
+    assert (marks.status, marks.problem) == (None, "saved")  # how the try before this one ended
+    write(tmp_path / "work/task.json", {"stage": {}}, age_s=50)
+    (marks,) = read(tmp_path).marks.values()
+    assert (marks.status, marks.problem, marks.began) == (None, "", False)
+
+
+def test_tries_are_those_since_the_submission_of_each_element(tmp_path):
+    rows = [{"share": "-00001", "done": []}, {"share": "-00000", "done": []}, {"share": "-00001", "done": []}]
+    write(tmp_path / "work/tries.jsonl", "".join(json.dumps(row) + "\n" for row in rows) + '{"share": "-000')
+    for rank in range(2):
+        write(tmp_path / f"work/attempt-0000{rank}", "9")
+    write(tmp_path / "work/ranks/00000.json", {})
+    first, second = read(tmp_path, ranks=2, is_array=True).marks.values()
+    assert (first.tries, first.has_ended) == (1, True)
+    assert (second.tries, second.has_ended) == (2, False)
+
+
+def test_progress_of_a_training_comes_from_the_end_of_its_metrics(tmp_path):
+    write(tmp_path / "work/task.json", {"stage": {"steps": 6000}})
+    write(tmp_path / "work/attempt", "1", age_s=1000)
+    now = time.time()
+    rows = [{"step": s, "time": now - 500 + s / 10, "loss": s / 1000, "tokens_per_s": 7.0} for s in range(1, 5001)]
+    write(tmp_path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 50')
+    assert (tmp_path / "metrics.jsonl").stat().st_size > 4 * len(tail(tmp_path / "metrics.jsonl"))
+    pace = read(tmp_path).pace
+    assert (pace.done, pace.total, pace.noun, pace.loss, pace.tokens_per_s) == (5000, 6000, "steps", 5.0, 7.0)
+    assert pace.left_s == pytest.approx(100, abs=5)  # 1000 steps at ten a second
+
+
+def test_time_left_leaves_out_what_an_earlier_try_took(tmp_path):
+    write(tmp_path / "work/task.json", {"stage": {"steps": 30}})
+    write(tmp_path / "work/attempt", "2", age_s=100)
+    now = time.time()
+    rows = [{"step": s, "time": now - 9000 + s} for s in range(1, 11)]
+    rows += [{"step": s, "time": now - 20 + 2 * (s - 10)} for s in range(11, 21)]
+    write(tmp_path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert read(tmp_path).pace.left_s == pytest.approx(20, abs=2)
+
+
+def test_parts_of_a_training_have_numbers_of_their_own_names(tmp_path):
+    write(tmp_path / "metrics.jsonl", json.dumps({"step": 3, "time": 1.0, "finetune/loss": 0.5}) + "\n")
+    assert (read(tmp_path).pace.loss, read(tmp_path).pace.total, read(tmp_path).pace.left_s) == (0.5, None, None)
+
+
+def test_progress_of_other_work_comes_from_its_notes_and_the_line_of_its_log(tmp_path):
+    for unit in range(3):
+        write(tmp_path / f"work/units/{unit}.json", {})
+    write(tmp_path / "work/ranks/00001.json", {})
+    pace = read(tmp_path, ranks=4).pace
+    assert (pace.done, pace.noun, pace.ranks) == (3, "units", 1)
+    write(tmp_path / "logs/rank-00000.log", "dedup  1,200/4,000 documents  30 %  80.0/s  0:35 left  \nmore\n")
+    pace = read(tmp_path).pace
+    assert (pace.done, pace.total, pace.noun) == (1200, 4000, "documents")
+
+
+def test_a_lock_that_its_owner_holds_says_who_works_here(tmp_path):
+    with locked(tmp_path):
+        (marks,) = read(tmp_path).marks.values()
+        assert marks.owner.startswith(f"process {os.getpid()} on ")
+    assert read(tmp_path).marks[""].owner is None
+
+
+@pytest.mark.parametrize(("age_s", "is_alive"), [(5, True), (90, False)])
+def test_a_lock_of_another_machine_lives_as_long_as_its_heartbeat(tmp_path, age_s, is_alive):
+    owner = {"words": "process 1 on n9", "host": "n9", "pid": 1, "job": None}
+    write(tmp_path / "work/lock", owner, age_s=age_s)
+    assert (read(tmp_path).marks[""].owner is not None) == is_alive
+
+
+def test_a_process_that_ended_and_one_that_got_its_number_since_are_not_it():
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        assert is_running(process.pid, time.time())
+        assert not is_running(process.pid, time.time() - 3600)
+    finally:
+        process.kill()
+    deadline = time.monotonic() + 10
+    while is_running(process.pid, time.time()):  # until it is a zombie, which nobody has waited for
+        assert time.monotonic() < deadline
+    process.wait()
+    assert not is_running(process.pid, time.time())
+
+
+def test_the_last_error_of_a_log_is_found(tmp_path):
+    log = tmp_path / "job.log"
+    write(log, "one\nerror: n1: first\nTraceback (most recent call last):\nValueError: second\nbye\n")
+    assert last_error(log) == "ValueError: second"
+    write(log, "nothing wrong\nan error: in the middle of words\n")
+    assert last_error(log) == ""
+    assert last_error(tmp_path / "none") == ""
+
+
+def test_a_root_that_was_moved_is_found_by_its_new_place(tmp_path):
+    (tmp_path / "new/model/a-0").mkdir(parents=True)
+    assert directory_of(tmp_path / "new", record("/old/model/a-0")) == tmp_path / "new/model/a-0"
+    assert str(directory_of(tmp_path, record("/old/model/a-0"))) == "/old/model/a-0"
+
+
+def test_a_directory_that_is_gone_or_damaged_is_no_error(tmp_path):
+    assert not read(tmp_path / "gone").is_there
+    for name in ("task.json", "result.json", "claim.json", "lock", "tries.jsonl", "attempt"):
+        write(tmp_path / f"work/{name}", "{")
+    write(tmp_path / "metrics.jsonl", "\0\0\n[1]\n{}")
+    found = read(tmp_path)
+    assert (found.is_done, found.claim, found.pace.done) == (False, None, None)

@@ -1,0 +1,92 @@
+"""The commands of daily use about a job that runs on this machine."""
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from support import MODEL_TASKS, PROJECT, command, run_command, run_pipeline
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tokens")]
+
+TRAINING = (
+    "job=tiny",
+    "tasks.pretrain.steps=600",
+    "tasks.pretrain.max_epochs=null",
+    *(f"~tasks.{task}" for task in (*MODEL_TASKS, "report") if task not in ("pretrain", "export")),
+)
+
+
+@pytest.fixture
+def root(tiny_tokens, tmp_path):
+    shutil.copytree(tiny_tokens.parents[1], tmp_path / "artifacts", symlinks=True)
+    return tmp_path / "artifacts"
+
+
+def tasks_of(root):
+    found = json.loads(run_command("status", "tiny", "--json", f"root={root}").stdout)
+    return found, {task["name"]: task for task in found["tasks"]}
+
+
+def test_a_job_on_this_machine_is_cancelled_and_a_retry_continues_it(root):
+    job = subprocess.Popen(
+        command(*TRAINING, f"root={root}"), cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(root.glob("model/pretrain-*/metrics.jsonl")):
+        assert time.monotonic() < deadline
+        assert job.poll() is None
+        time.sleep(0.1)
+    found, tasks = tasks_of(root)
+    assert (found["state"], found["launcher"], found["exit_status"]) == ("running", "local", None)
+    assert (tasks["pretrain"]["state"], tasks["pretrain"]["total"]) == ("running", 600)
+    assert (tasks["export"]["state"], tasks["export"]["reason"]) == ("waiting", "for pretrain")
+    for again in (
+        run_command("retry", "tiny", f"root={root}", status=4),
+        run_pipeline(*TRAINING, f"root={root}", status=4),
+    ):
+        assert f"under way (process {job.pid} on " in again.stderr
+    assert "was asked to stop" in run_command("cancel", "tiny", f"root={root}").stdout
+    assert job.communicate(timeout=60)[1].startswith("stopped: pretrain after step ")
+    assert job.returncode == 75
+    over = run_command("wait", "tiny", f"root={root}", status=75).stdout
+    assert over.endswith("tiny: stopped\n")
+    _, tasks = tasks_of(root)
+    assert (tasks["pretrain"]["state"], tasks["export"]["state"]) == ("stopped", "never started")
+    assert tasks["export"]["error"].startswith("waited for pretrain, which was stopped")
+
+    run_command("retry", "tiny", f"root={root}")
+    assert {task["state"] for task in tasks_of(root)[1].values()} == {"done"}
+    assert "continues after step " in run_command("logs", "tiny.pretrain", f"root={root}").stdout
+
+
+def test_a_retry_of_other_raw_files_is_refused(root, tmp_path):
+    data = tmp_path / "topics.jsonl"
+    shutil.copy(PROJECT / "tests/data/topics.jsonl", data)
+    few = [f"~tasks.{task}" for task in ("evaluate", "generate", "export", "report")]
+    words = ("job=tiny", *few, f"tasks.finetune.data={data}", "tasks.finetune.label_field=none", f"root={root}")
+    run_pipeline(*words, "tasks.pretrain.steps=1", "tasks.pretrain.validate_every_steps=null", status=3)
+    data.write_text('{"text": "x", "label": "games", "split": "train"}\n')
+    refused = run_command("retry", "tiny", f"root={root}", status=2).stderr
+    assert "tasks.finetune.data: its files have changed since the job was started" in refused
+
+
+def test_watching_on_a_terminal_ends_with_the_job(root):
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-m", "pipeline", "status", "tiny", "--watch", f"root={root}"]
+    watch = subprocess.Popen(words, cwd=PROJECT, stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "150"})
+    os.close(theirs)
+    shown = b""
+    try:
+        while block := os.read(ours, 65536):
+            shown += block
+    except OSError:  # Linux's word for the end of a terminal
+        pass
+    os.close(ours)
+    assert watch.wait() == 0
+    assert b"tokenize" in shown
+    assert b"Traceback" not in shown

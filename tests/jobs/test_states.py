@@ -1,0 +1,235 @@
+"""The state of a task follows from what its directory says and what SLURM says, each made up here."""
+
+import pytest
+
+from pipeline.jobs.evidence import Evidence, Marks, Pace
+from pipeline.jobs.look import look
+from pipeline.jobs.states import JobStatus, judge
+from pipeline.jobs.status import describe
+from pipeline.launch.scheduler import Seen
+from pipeline.record import JobRecord, TaskRecord
+
+NOTHING = Evidence(marks={"": Marks()})
+DONE = Evidence(is_done=True)
+
+
+def task(name, slurm="7", needs=(), ranks=1, is_array=False, **more):
+    return TaskRecord(
+        name=name,
+        kind="pretrain",
+        directory=f"/nowhere/model/{name}-0",
+        fingerprint="0",
+        needs=list(needs),
+        ranks=ranks,
+        is_array=is_array,
+        slurm=slurm,
+        **more,
+    )
+
+
+def record(*tasks, launcher="slurm"):
+    return JobRecord(
+        name="job", launcher=launcher, command=[], directory="/", commit=None, submitted="2026-01-01", tasks=list(tasks)
+    )
+
+
+def one(evidence, *seen, launcher_runs=False, **more):
+    seen = None if seen == (None,) else {each.id: each for each in seen}
+    (found,) = judge(record(task("a", **more)), {"a": evidence}, seen, launcher_runs)
+    return found
+
+
+def marks(**said):
+    return Evidence(marks={"": Marks(**said)})
+
+
+def test_a_manifest_is_success_whatever_slurm_and_the_result_say():
+    assert one(DONE, Seen("7", "FAILED")).state == "done"
+    assert one(DONE, None).exit_status == 0
+    assert one(Evidence(is_done=True, marks={"": Marks(status=4, problem="old")})).error == ""
+
+
+def test_a_job_that_slurm_calls_completed_without_a_manifest_is_no_success():
+    found = one(marks(began=True, tries=1), Seen("7", "COMPLETED"))
+    assert (found.state, found.exit_status) == ("lost", 4)
+    assert found.error == "it left neither a result nor an artifact"
+
+
+@pytest.mark.parametrize("reason", ["Resources", "Priority", "Dependency", "BeginTime"])
+def test_what_waits_says_why_in_the_words_of_slurm(reason):
+    found = one(NOTHING, Seen("7", "PENDING", reason))
+    assert (found.state, found.reason, found.exit_status) == ("waiting", reason, None)
+    assert describe(found) == f"waiting ({reason})"
+
+
+def test_a_requeued_job_tells_its_try_and_how_the_last_one_ended():
+    stopped = marks(status=75, problem="after step 5, state saved", began=True, tries=1)
+    found = one(stopped, Seen("7", "PENDING", "BeginTime"))
+    assert (found.state, found.error) == ("waiting", "after step 5, state saved")
+    again = one(marks(problem="after step 5, state saved", began=True, tries=2), Seen("7", "RUNNING", "None", "n1"))
+    assert describe(again) == "running, try 2"
+    assert (again.nodes, again.tries) == ("n1", 2)
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "exit_status"),
+    [(2, "failed", 2), (3, "failed", 3), (5, "failed", 5), (75, "stopped", 75), (130, "stopped", 130)],
+)
+@pytest.mark.parametrize("seen", [(Seen("7", "FAILED", "NonZeroExitCode"),), (), (None,)])
+def test_the_result_file_says_how_it_ended_with_or_without_slurm(seen, status, state, exit_status):
+    found = one(marks(status=status, problem="why", began=True, tries=1), *seen)
+    assert (found.state, found.exit_status, found.error) == (state, exit_status, "why")
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [("OUT_OF_MEMORY", "out of memory"), ("TIMEOUT", "its time was over"), ("NODE_FAIL", "its node failed")],
+)
+def test_what_ended_without_a_word_is_told_by_slurm_and_by_the_log_of_its_job(state, words):
+    found = one(marks(began=True, tries=1, log_error="error: n1: no such module"), Seen("7", state))
+    assert (found.state, found.reason, found.exit_status) == ("failed", state, 4)
+    assert found.error == f"{words}: error: n1: no such module"
+
+
+def test_a_task_that_slurm_has_forgotten_and_that_left_no_result_is_lost():
+    assert (one(marks(began=True, tries=1)).state, one(marks(began=True, tries=1)).exit_status) == ("lost", 4)
+
+
+def test_where_slurm_does_not_answer_the_files_are_shown():
+    assert one(marks(began=True), None).state == "unknown"
+    assert one(marks(began=True, owner="process 1 on n2", host="n2"), None).state == "running"
+    assert one(marks(began=True, owner="process 1 on n2", host="n2"), None).nodes == "n2"
+    assert one(NOTHING, None, slurm=None).state == "never started"
+
+
+def test_a_cancelled_task_is_cancelled_though_its_result_says_stopped():
+    found = one(marks(status=75, problem="state saved", began=True, tries=1), Seen("7", "CANCELLED", "None"))
+    assert (found.state, found.exit_status, found.error) == ("cancelled", 75, "state saved")
+
+
+def chain(first, *seen):
+    tasks = (task("a", "7"), task("b", "8", ["a"]), task("c", "9", ["b"]))
+    seen = {each.id: each for each in seen}
+    return judge(record(*tasks), {"a": first, "b": NOTHING, "c": NOTHING}, seen)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        [Seen(id, "CANCELLED", "DependencyNeverSatisfied") for id in ("8", "9")],  # of squeue
+        [Seen(id, "CANCELLED") for id in ("8", "9")],  # of sacct, which has no reasons
+        [Seen("8", "PENDING", "DependencyNeverSatisfied"), Seen("9", "CANCELLED", "DependencyNeverSatisfied")],
+        [],  # forgotten
+    ],
+)
+def test_dependents_of_a_failed_task_say_which_and_why(after):
+    failed = marks(status=3, problem="the disk is full", began=True, tries=1)
+    a, b, c = found = chain(failed, Seen("7", "FAILED"), *after)
+    assert [one.state for one in found] == ["failed", "never started", "never started"]
+    assert b.error == c.error == "waited for a, which failed: the disk is full"
+    assert a.error == "the disk is full"
+    assert JobStatus(record(), found).exit_status == 3
+
+
+def test_dependents_that_were_cancelled_with_the_job_are_cancelled():
+    found = chain(marks(status=75, problem="saved", began=True), *(Seen(i, "CANCELLED", "Dependency") for i in "789"))
+    assert [one.state for one in found] == ["cancelled"] * 3
+    assert JobStatus(record(), found).exit_status == 75
+
+
+def test_a_preflight_that_failed_is_named():
+    found = one(
+        Evidence(marks={"": Marks()}, preflight_error="error: n2: no GPU"),
+        Seen("7", "CANCELLED", "DependencyNeverSatisfied"),
+        preflight="6",
+    )
+    assert found.state == "never started"
+    assert found.error == "its nodes were tried first, by SLURM job 6: error: n2: no GPU"
+
+
+def array(*parts, seen=()):
+    evidence = Evidence(marks={f"-{rank:05d}": part for rank, part in enumerate(parts)})
+    return one(evidence, *seen, ranks=len(parts), is_array=True)
+
+
+def test_an_array_counts_its_elements_and_names_the_one_that_failed():
+    ended, failed = (
+        Marks(has_ended=True, status=0, began=True),
+        Marks(status=3, problem="line 7 is no JSON", began=True),
+    )
+    seen = [Seen(f"7_{i}", "COMPLETED") for i in (0, 1, 3)] + [Seen("7_2", "FAILED", "NonZeroExitCode")]
+    found = array(ended, ended, failed, ended, seen=seen)
+    assert (found.state, found.elements, found.exit_status) == ("failed", {"done": 3, "failed": 1}, 3)
+    assert found.error == "element 2: line 7 is no JSON"
+    assert describe(found) == "3/4 done, 1/4 failed"
+
+
+def test_an_array_of_which_some_elements_run_is_running_and_tells_already_what_failed():
+    failed = Marks(status=3, problem="why", began=True)
+    found = array(failed, Marks(began=True), seen=[Seen("7_0", "FAILED"), Seen("7_1", "RUNNING", "None", "n1")])
+    assert (found.state, found.error) == ("running", "element 0: why")
+    waiting = array(Marks(), Marks(), seen=[Seen("7_0", "PENDING", "Priority"), Seen("7_1", "PENDING", "Priority")])
+    assert describe(waiting) == "2/2 waiting (Priority)"
+
+
+def test_an_array_that_is_being_published_runs():
+    ended = Marks(has_ended=True, status=0, began=True)
+    found = array(ended, ended, seen=[Seen("7_0", "COMPLETED"), Seen("7_1", "RUNNING")])
+    assert (found.state, found.elements) == ("running", {"done": 1, "running": 1})
+
+
+def test_an_array_whose_publishing_failed_is_no_success():
+    ended = Marks(has_ended=True, status=0, began=True)
+    full = Marks(has_ended=True, status=3, problem="the disk is full", began=True)
+    assert array(ended, ended).state == "lost"
+    assert array(ended, full).error == "element 1: the disk is full"
+
+
+def test_a_task_that_was_submitted_anew_is_followed_by_its_newest_job():
+    evidence = Evidence(claim=("12", "other"), marks={"": Marks(began=True)})
+    found = one(evidence, Seen("7", "FAILED"), Seen("12", "RUNNING", "None", "n3"))
+    assert (found.state, found.job_id, found.shared_with, found.nodes) == ("running", "12", "other", "n3")
+    ended = one(evidence, Seen("7", "FAILED"), Seen("12", "FAILED"))
+    assert (ended.job_id, ended.shared_with) == ("7", None)
+
+
+def test_a_directory_that_is_gone_is_said():
+    found = one(Evidence(is_there=False), slurm=None)
+    assert found.state == "never started"
+    assert found.error == "its directory is gone: /nowhere/model/a-0"
+    assert one(Evidence(is_there=False), Seen("7", "RUNNING", "None", "n1")).state == "running"
+
+
+def test_tasks_of_a_job_on_this_machine_wait_for_their_turn_while_its_launcher_lives():
+    tasks = (task("a", None), task("b", None, ["a"]))
+    evidence = {"a": marks(began=True, owner="process 1 on here", host="here"), "b": NOTHING}
+    a, b = judge(record(*tasks, launcher="local"), evidence, {}, launcher_runs=True)
+    assert (a.state, a.nodes, describe(b)) == ("running", "here", "waiting for a")
+    a, b = judge(record(*tasks, launcher="local"), {**evidence, "a": marks(began=True)}, {}, launcher_runs=False)
+    assert (a.state, b.state) == ("lost", "never started")
+    assert b.error.startswith("waited for a, which was lost")
+
+
+def test_time_left_is_told_only_while_it_runs():
+    pace = Pace(10, 20, "steps", 0, 2.5, 100.0, 30.0)
+    evidence = Evidence(marks={"": Marks(began=True)}, pace=pace)
+    running, failed = one(evidence, Seen("7", "RUNNING")), one(evidence, Seen("7", "FAILED"))
+    assert (running.left_s, running.done, running.total, running.loss) == (30.0, 10, 20, 2.5)
+    assert (failed.left_s, failed.done) == (None, 10)
+
+
+def test_a_job_is_over_when_nothing_of_it_waits_or_runs():
+    found = JobStatus(record(), chain(DONE, Seen("8", "RUNNING"), Seen("9", "PENDING", "Dependency")))
+    assert (found.state, found.is_over, found.exit_status) == ("running", False, None)
+    assert JobStatus(record(), [one(DONE)]).plain()["exit_status"] == 0
+
+
+def test_a_job_whose_tasks_are_all_done_is_shown_where_there_is_no_slurm(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "a-0").mkdir()
+    (tmp_path / "a-0/manifest.json").touch()
+    done = task("a").model_copy(update={"directory": str(tmp_path / "a-0")})
+    (found,) = look(tmp_path, [record(done)])
+    assert (found.state, found.problem) == ("done", "")
+    (found,) = look(tmp_path, [record(done, task("b", "8"))])
+    assert (found.state, found.problem[:23]) == ("unknown", "SLURM does not answer: ")

@@ -1,0 +1,203 @@
+"""Owners on other machines are played by their signature in the lock's file, as a shared file system shows it."""
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipeline.errors import ArtifactError, LaunchError
+from pipeline.launch import lock
+from pipeline.launch.lock import age_s, begin_attempt, forget_tries, idle_tries, locked, read_owner
+
+ELSEWHERE = {"words": "process 7 on another-host", "host": "another-host", "pid": 7, "job": None}
+
+
+def sign(directory, owner, seconds_ago):
+    path = directory / "work/lock"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(owner))
+    then = time.time() - seconds_ago
+    os.utime(path, (then, then))
+    return path
+
+
+def take(directory, **patience):
+    with locked(directory, **patience):
+        return read_owner(directory)
+
+
+@pytest.fixture
+def no_flock(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_owner_signs_and_leaves_nothing_behind(tmp_path):
+    owner = take(tmp_path)
+    assert (owner["pid"], owner["host"], owner["job"]) == (os.getpid(), os.uname().nodename, None)
+    assert owner["words"] == f"process {os.getpid()} on {os.uname().nodename}"
+    assert (tmp_path / "work/lock").read_bytes() == b""
+    assert read_owner(tmp_path) is None
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["lock"]
+
+
+def test_an_owner_in_slurm_says_which_job_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert take(tmp_path)["words"].startswith("SLURM job 12 (process ")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert take(tmp_path)["job"] == "9_3"
+
+
+def test_an_owner_on_another_host_without_a_sign_of_life_is_taken_over(tmp_path):
+    sign(tmp_path, ELSEWHERE, lock.STALE_S + 10)
+    assert take(tmp_path)["pid"] == os.getpid()
+
+
+def test_an_owner_on_another_host_that_lives_is_named_with_its_age(tmp_path):
+    path = sign(tmp_path, ELSEWHERE, 20)
+    with pytest.raises(LaunchError) as caught:
+        take(tmp_path)
+    words = str(caught.value)
+    assert words.startswith(f"{tmp_path}: process 7 on another-host, whose last sign of life came 2")
+    assert words.endswith(" s ago, is working in it; wait for it or end it")
+    assert json.loads(path.read_text()) == ELSEWHERE
+    assert age_s(path) > 19  # asking is no sign of life
+
+
+def test_whoever_has_patience_takes_over_once_the_owner_was_silent_for_long_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "STALE_S", 1.0)
+    sign(tmp_path, ELSEWHERE, 0)
+    with pytest.raises(LaunchError, match="another-host"):
+        take(tmp_path)
+    assert take(tmp_path, patience_s=30)["pid"] == os.getpid()
+
+
+def test_the_same_slurm_job_begun_again_on_another_host_takes_over_at_once(tmp_path, monkeypatch):
+    sign(tmp_path, {**ELSEWHERE, "job": "12"}, 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    with pytest.raises(LaunchError, match="another-host"):
+        take(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert take(tmp_path)["job"] == "12"
+
+
+def test_an_owner_on_this_host_that_was_killed_is_gone_at_once(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from pipeline.launch.lock import locked\n"
+        "with locked(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
+    assert done.returncode == -9
+    assert read_owner(tmp_path)["host"] == os.uname().nodename
+    assert take(tmp_path)["pid"] == os.getpid()
+
+
+def test_the_heart_beats_while_the_lock_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_S", 0.01)
+    path = tmp_path / "work/lock"
+    with locked(tmp_path):
+        for _ in range(3):  # each time it is set back, the next beat brings it to now
+            os.utime(path, (1, 1))
+            deadline = time.monotonic() + 10
+            while path.stat().st_mtime == 1:
+                assert time.monotonic() < deadline, "no beat came"
+                time.sleep(0.005)
+            assert age_s(path) < 10
+    os.utime(path, (1, 1))
+    time.sleep(0.1)
+    assert path.stat().st_mtime == 1  # released: no heart any more
+
+
+def test_who_was_taken_over_neither_beats_for_the_new_owner_nor_erases_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_S", 0.01)
+    with locked(tmp_path):
+        path = sign(tmp_path, ELSEWHERE, lock.STALE_S + 10)
+        time.sleep(0.2)
+        assert age_s(path) > lock.STALE_S
+    assert read_owner(tmp_path) == ELSEWHERE
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_without_locks_of_the_kernel_the_heartbeat_decides(tmp_path):
+    sign(tmp_path, ELSEWHERE, 5)
+    with pytest.raises(LaunchError, match="another-host, whose last sign of life came"):
+        take(tmp_path)
+    sign(tmp_path, ELSEWHERE, lock.STALE_S + 10)
+    assert take(tmp_path)["pid"] == os.getpid()
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_without_locks_of_the_kernel_two_on_one_host_do_not_share_a_directory(tmp_path):
+    with (
+        locked(tmp_path),
+        pytest.raises(LaunchError, match=rf"process {os.getpid()} on .* s ago, is working in it"),
+        locked(tmp_path),
+    ):
+        pass
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    sign(tmp_path, {**ELSEWHERE, "host": os.uname().nodename, "pid": gone.pid}, 0)
+    assert take(tmp_path)["pid"] == os.getpid()
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_without_locks_of_the_kernel_of_two_at_the_same_moment_one_has_it(tmp_path, monkeypatch):
+    def sleep(_):  # another host signs while this one waits to see whether it is alone
+        sign(tmp_path, ELSEWHERE, 0)
+
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    with pytest.raises(LaunchError, match="is working in it"):
+        take(tmp_path)
+    assert read_owner(tmp_path) == ELSEWHERE
+
+
+def test_a_damaged_signature_holds_nobody_up(tmp_path):
+    for text in ('{"words": "process', "[1]", "7"):
+        sign(tmp_path, ELSEWHERE, 0).write_text(text)
+        assert take(tmp_path)["pid"] == os.getpid()
+
+
+def test_locks_of_other_names_do_not_exclude_one_another(tmp_path):
+    with locked(tmp_path), locked(tmp_path, "lock-00003"):
+        assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["lock", "lock-00003"]
+
+
+def test_tries_are_numbered_and_a_damaged_number_is_said(tmp_path):
+    (tmp_path / "work").mkdir()
+    assert [begin_attempt(tmp_path) for _ in range(3)] == [1, 2, 3]
+    assert begin_attempt(tmp_path, "attempt-00003") == 1
+    (tmp_path / "work/attempt").write_text("x")
+    with pytest.raises(ArtifactError, match=r"attempt: damaged \(invalid literal"):
+        begin_attempt(tmp_path)
+
+
+def test_tries_without_progress_are_counted(tmp_path):
+    (tmp_path / "work").mkdir()
+    assert [idle_tries(tmp_path, "") for _ in range(3)] == [0, 1, 2]
+    (tmp_path / "checkpoints/step-00000005").mkdir(parents=True)
+    assert [idle_tries(tmp_path, "") for _ in range(2)] == [0, 1]
+    (tmp_path / "checkpoints/step-00000010").mkdir()
+    assert idle_tries(tmp_path, "") == 0
+    assert idle_tries(tmp_path, "-00003") == 0  # each element of an array for itself
+    (tmp_path / "work/units").mkdir()
+    (tmp_path / "work/units/a.json").touch()
+    assert [idle_tries(tmp_path, "") for _ in range(2)] == [0, 1]
+    with (tmp_path / "work/tries.jsonl").open("a") as stream:
+        stream.write('{"share": "", "do')
+    assert idle_tries(tmp_path, "-00003") == 0
+    forget_tries(tmp_path)
+    assert idle_tries(tmp_path, "") == 0

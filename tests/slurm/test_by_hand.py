@@ -1,0 +1,56 @@
+"""`sbatch slurm/stage.sbatch …` by hand: a stage or a whole job in one allocation, and the exit status for SLURM."""
+
+import sys
+
+import pytest
+from submitted import OVER, SHORTER, manifest
+from support import PROJECT
+
+SCRIPT = PROJECT / "slurm/stage.sbatch"
+
+
+@pytest.fixture
+def by_hand(cluster, tmp_path):
+    """Submits the script with flags and words, waits for the end, and gives SLURM's job and what it printed."""
+
+    def submit(flags: list[str], *words: str) -> tuple[dict[str, str], str]:
+        log = tmp_path / "job.log"
+        export = f"--export=ALL,PIPELINE_PYTHON={sys.executable}"
+        more = ["--config-dir", str(PROJECT / "tests/conf"), *words, f"root={tmp_path / 'artifacts'}"]
+        job_id = cluster.submit(export, f"--chdir={PROJECT}", f"--output={log}", *flags, str(SCRIPT), *more)
+        return cluster.wait_for(job_id, *OVER, timeout_s=240), log.read_text()
+
+    return submit
+
+
+def test_a_stage_runs_on_all_nodes_of_the_allocation(by_hand, tiny_tokens, tmp_path):
+    made_here = tiny_tokens.parents[1] / "jobs/tiny"
+    inputs = [f"stage.corpus={made_here / 'dedup'}", f"stage.tokenizer={made_here / 'train_tokenizer'}"]
+    job, log = by_hand(["--nodes=2"], "stage=tokenize", *inputs, "stage.held_out_fraction=0.05")
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
+    made = next((tmp_path / "artifacts/tokens").iterdir())
+    assert manifest(made)["files"] == manifest(tiny_tokens)["files"]
+    assert manifest(made)["made"]["ranks"] == 2
+    assert {path.name for path in (made / "logs").glob("rank-*")} == {"rank-00000.log", "rank-00001.log"}
+
+
+def test_a_whole_job_runs_in_one_allocation(by_hand, tiny_tokens, tmp_path):
+    job, log = by_hand(["--nodes=1", "--ntasks-per-node=2"], "job=tiny", *SHORTER)
+    assert job["ExitCode"] == "0:0", log
+    assert "report: " in log
+    assert manifest(tmp_path / "artifacts/jobs/tiny/tokenize")["files"] == manifest(tiny_tokens)["files"]
+    assert manifest(tmp_path / "artifacts/jobs/tiny/pretrain")["made"]["ranks"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["stage=tokenise"], 2, "did you mean 'tokenize'?"),
+        (["stage=clean", "stage.corpus=nowhere"], 3, "nowhere"),
+    ],
+)
+def test_the_exit_status_reaches_slurm(by_hand, words, status, said):
+    job, log = by_hand([], *words)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", f"{status}:0"), log
+    assert said in log
+    assert "Traceback" not in log

@@ -1,0 +1,144 @@
+"""What a person does with a job that runs: status, wait, logs, cancel, retry, on a real SLURM."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import MODEL_TASKS, PROJECT, run_command, run_pipeline
+
+STEPS = 1200
+TRAINING = (  # long enough to be met in its middle
+    "job=tiny",
+    "run=slurm",
+    "run.array=2",
+    f"tasks.pretrain.steps={STEPS}",
+    "tasks.pretrain.max_epochs=null",
+    *(f"~tasks.{task}" for task in (*MODEL_TASKS, "report") if task not in ("pretrain", "export")),
+)
+REACHED = 40  # steps, at which it is disturbed
+
+
+@pytest.fixture
+def new_root(tiny_tokens, tmp_path):
+    """Makes roots in which the data tasks of the tiny job are done."""
+
+    def make(name: str) -> Path:
+        shutil.copytree(tiny_tokens.parents[1], tmp_path / name, symlinks=True)
+        shutil.rmtree(tmp_path / name / "jobs/tiny")
+        return tmp_path / name
+
+    return make
+
+
+def status_of(cluster, root, **variables):
+    env = {**cluster.env, **variables}
+    found = json.loads(run_command("status", "tiny", "--json", f"root={root}", **env).stdout)
+    return found, {task["name"]: task for task in found["tasks"]}
+
+
+def wait_for_step(cluster, root, step):
+    deadline = time.monotonic() + 90
+    while True:
+        found, tasks = status_of(cluster, root)
+        if (tasks["pretrain"]["done"] or 0) >= step and tasks["pretrain"]["state"] == "running":
+            return found, tasks
+        assert time.monotonic() < deadline, found
+        assert tasks["pretrain"]["state"] in ("waiting", "running"), found
+
+
+def start(cluster, *words):
+    line = [sys.executable, "-m", "pipeline", *map(str, words)]
+    env = {**os.environ, **cluster.env}
+    return subprocess.Popen(line, cwd=PROJECT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def weights(root):
+    (path,) = (root / "model").glob("pretrain-*/model.safetensors")
+    return path.read_bytes()
+
+
+def test_a_training_that_was_cancelled_requeued_and_retried_ends_in_the_same_bits(cluster, new_root):
+    undisturbed, root = new_root("undisturbed"), new_root("disturbed")
+    run_pipeline(*TRAINING, f"root={undisturbed}", **cluster.env)
+    run_pipeline(*TRAINING, f"root={root}", **cluster.env)
+
+    found, tasks = wait_for_step(cluster, root, REACHED)
+    training, export = tasks["pretrain"], tasks["export"]
+    assert (found["state"], found["exit_status"], found["launcher"]) == ("running", None, "slurm")
+    assert (training["total"], training["noun"], training["tries"]) == (STEPS, "steps", 1)
+    assert training["nodes"] in cluster.nodes
+    assert training["loss"] > 0
+    assert training["tokens_per_s"] > 0
+    assert training["left_s"] is not None
+    assert (export["state"], export["reason"]) == ("waiting", "Dependency")
+    assert tasks["tokenize"]["state"] == "done"
+
+    run_command("cancel", "tiny", f"root={root}", **cluster.env)
+    found, tasks = status_of(cluster, root)
+    assert [tasks[name]["state"] for name in ("pretrain", "export")] == ["cancelled", "cancelled"]
+    assert REACHED <= tasks["pretrain"]["done"] < STEPS
+    assert "state saved" in tasks["pretrain"]["error"]
+    assert cluster.job(tasks["pretrain"]["job_id"])["JobState"] == "CANCELLED"  # it has not begun itself again
+    over = run_command("wait", "tiny", f"root={root}", status=75, **cluster.env).stdout
+    assert over.endswith("tiny: cancelled\n")
+
+    run_command("retry", "tiny", f"root={root}", **cluster.env)  # as many steps, though nobody says so again
+    waiting = start(cluster, "wait", "tiny", f"root={root}")
+    following = start(cluster, "logs", "tiny.pretrain", "--follow", f"root={root}")
+    _, tasks = wait_for_step(cluster, root, tasks["pretrain"]["done"] + REACHED)
+    job = tasks["pretrain"]["job_id"]
+    cluster.run("scontrol", "requeue", job)
+    cluster.start_now(job)
+    printed, errors = waiting.communicate(timeout=120)
+    assert waiting.returncode == 0, printed + errors
+    for line in ("pretrain  running on ", "pretrain  running, try 2 on ", "pretrain  done", "export  done"):
+        assert line in printed
+    log, errors = following.communicate(timeout=30)
+    assert following.returncode == 0, errors
+    assert log.count("continues after step ") == 2  # the retry, and the requeue
+    _, tasks = status_of(cluster, root)
+    assert {task["state"] for task in tasks.values()} == {"done"}
+    assert tasks["pretrain"]["done"] == STEPS
+
+    run_command("wait", "tiny", f"root={undisturbed}", **cluster.env)
+    assert weights(root) == weights(undisturbed)
+    done = run_command("retry", "tiny", f"root={root}", **cluster.env).stdout
+    assert "there is nothing to do again" in done
+    assert "nothing of it waits or runs" in run_command("cancel", "tiny", f"root={root}", **cluster.env).stdout
+
+
+def test_wait_ends_with_the_status_of_what_failed_and_dependents_say_why(cluster, new_root):
+    root = new_root("root")
+    words = [word for word in TRAINING if "max_epochs" not in word]
+    run_pipeline(*words, "tasks.pretrain.steps=100000", f"root={root}", **cluster.env)  # more than there is text for
+    found, without = status_of(cluster, root, PATH=str(root / "none"))  # as where there is no SLURM
+    assert found["problem"].startswith("SLURM does not answer: ")
+    assert (without["tokenize"]["state"], without["export"]["state"]) == ("done", "unknown")
+    refused = run_command("retry", "tiny", f"root={root}", status=4, **cluster.env).stderr
+    assert "a job of this name is under way" in refused
+
+    over = run_command("wait", "tiny", f"root={root}", status=2, **cluster.env).stdout
+    why = "pretrain.max_epochs: 100,000 steps go "
+    assert f": {why}" in over
+    found, tasks = status_of(cluster, root)
+    assert (found["state"], found["exit_status"]) == ("failed", 2)
+    assert tasks["pretrain"]["error"].startswith(why)
+    assert tasks["export"]["state"] == "never started"
+    assert tasks["export"]["error"].startswith(f"waited for pretrain, which failed: {why}")
+    table = run_command("status", "tiny", f"root={root}", **cluster.env).stdout
+    assert "logs tiny.pretrain" in table
+    assert "retry tiny" in table
+    log = run_command("logs", "tiny.pretrain", f"root={root}", **cluster.env)
+    assert why in log.stdout  # that of the SLURM job: no rank has printed anything
+
+    run_command("retry", "tiny", f"root={root}", **cluster.env)  # what failed, and what never started
+    _, again = status_of(cluster, root)
+    assert int(again["export"]["job_id"]) > int(again["pretrain"]["job_id"]) > int(tasks["export"]["job_id"])
+    run_command("cancel", "tiny.export", f"root={root}", **cluster.env)
+    assert status_of(cluster, root)[1]["export"]["state"] == "cancelled"
+    run_command("wait", "tiny", f"root={root}", status=2, **cluster.env)

@@ -1,0 +1,179 @@
+"""Submission to a real SLURM: what the plan shows is what is done, all of it or nothing, and never twice."""
+
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from support import MODEL_TASKS, PROJECT, run_pipeline
+
+from pipeline.launch.lock import locked
+
+DATA = ("job=tiny", *(f"~tasks.{task}" for task in (*MODEL_TASKS, "report")))
+DATA_TASKS = ("shard", "clean", "dedup", "train_tokenizer", "tokenize")
+HELD = ("run=slurm", "run.array=2", "run.flags=[--hold]")  # submitted, and never started
+
+
+@pytest.fixture
+def submit(cluster, tmp_path):
+    """Submits a job whose SLURM jobs never start, into `tmp_path`."""
+
+    def submit(*words: object, **options):
+        return run_pipeline(*words, *HELD, f"root={tmp_path / 'root'}", **{**cluster_variables(cluster), **options})
+
+    return submit
+
+
+def cluster_variables(cluster) -> dict[str, str]:
+    return {"SLURM_CONF": cluster.env["SLURM_CONF"]}
+
+
+def jobs(cluster) -> dict[str, list[str]]:
+    """Ids of the jobs that wait or run, by name."""
+    found: dict[str, list[str]] = {}
+    for line in cluster.run("squeue", "--noheader", "--format", "%j %F").stdout.splitlines():
+        name, job = line.split()
+        found.setdefault(name, []).append(job)
+    return found
+
+
+def wrapped(tmp_path: Path, script: str) -> str:
+    """A PATH on which `script` comes before sbatch: $real is the real one, $count how often it was called to submit."""
+    here = tmp_path / "wrapped"
+    here.mkdir()
+    (here / "sbatch").write_text(
+        f"""#!/bin/bash
+real={shutil.which("sbatch")}
+for word; do [[ $word == --test-only ]] && exec "$real" "$@"; done
+count=$(($(cat {here}/count 2>/dev/null) + 1))
+echo $count >{here}/count
+{script}
+exec "$real" "$@"
+"""
+    )
+    (here / "sbatch").chmod(0o755)
+    return f"{here}:{os.environ['PATH']}"
+
+
+def record(tmp_path: Path, name: str = "tiny") -> dict[str, dict]:
+    tasks = json.loads((tmp_path / "root/jobs" / name / "job.json").read_text())["tasks"]
+    return {task["name"]: task for task in tasks}
+
+
+def test_the_plan_shows_the_commands_that_are_given_and_does_nothing(cluster, submit, tmp_path):
+    words = ("job=tiny", "run.nodes=2", "run.time=3:00:00", "run.memory_per_node=1G")
+    shown = submit(*words, "--plan").stdout
+    assert not (tmp_path / "root").exists()
+    assert not jobs(cluster)
+
+    log = tmp_path / "given"
+    path = wrapped(tmp_path, f'{{ printf "%s\\0" sbatch "$@"; printf "\\n"; }} >>{log}')
+    submit(*words, PATH=path)
+    names = {}
+    for task in record(tmp_path).values():
+        names |= {task["slurm"]: f"<{task['name']}>", task["preflight"]: "<pretrain.preflight>"}
+
+    def plain(words: list[str]) -> list[str]:
+        """A command without what a submission makes of its own."""
+        after = [word.removeprefix("--dependency=afterok:").split(":") for word in words if "=afterok:" in word]
+        kept = [word for word in words if not word.startswith(("--comment=", "--dependency="))]
+        return [*kept, *sorted(names.get(job, job) for ids in after for job in ids)]
+
+    given = [plain(line.rstrip("\0").split("\0")) for line in log.read_text().splitlines()]
+    commands = [shlex.split(line) for line in shown.splitlines() if line.startswith("PIPELINE_")]
+    planned = [plain(command[command.index("sbatch") :]) for command in commands]
+    assert planned == given
+    assert len(given) == 12  # eleven tasks, and a preflight for both trainings
+    assert "pretrain: jobs of 3:00:00 at the most; disk: " in shown
+    assert "memory of a rank: 0.7 MB for the model's states, and the activations" in shown
+    assert "memory: not known before it runs" in shown
+
+
+def test_without_slurm_the_plan_says_what_it_could_not_look_at(tmp_path):
+    words = ("job=tiny", "run=slurm", f"root={tmp_path / 'root'}")
+    shown = run_pipeline(*words, "--plan", PATH=str(tmp_path)).stdout
+    assert "sbatch --parsable --job-name=tiny.shard" in shown
+    assert "not checked (SLURM is not on this machine): partitions, nodes" in shown
+    refused = run_pipeline(*words, "run.time=0:30", "--plan", status=2, PATH=str(tmp_path)).stderr
+    assert "run.time: wanted a minute or more, found '0:30'" in refused
+    refused = run_pipeline(*words, status=4, PATH=str(tmp_path)).stderr
+    assert "there is no such command on this machine's PATH; run this on a login node" in refused
+    assert not (tmp_path / "root").exists()
+
+
+def test_sbatch_that_fails_for_the_moment_is_tried_again(cluster, submit, tmp_path):
+    text = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"
+    path = wrapped(tmp_path, f'((count <= 2)) && {{ echo "{text}" >&2; exit 1; }}')
+    done = submit(*DATA, PATH=path)
+    assert f"sbatch: {text}; try 2 of 6 in 1 s" in done.stderr
+    assert f"sbatch: {text}; try 3 of 6 in 2 s" in done.stderr
+    assert {name: len(ids) for name, ids in jobs(cluster).items()} == {f"tiny.{task}": 1 for task in DATA_TASKS}
+
+
+def test_a_job_whose_answer_was_lost_is_not_submitted_twice(cluster, submit, tmp_path):
+    text = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+    path = wrapped(tmp_path, f'((count == 1 || count == 3)) && {{ "$real" "$@"; echo "{text}" >&2; exit 1; }}')
+    submit(*DATA, PATH=path)
+    assert jobs(cluster) == {f"tiny.{name}": [task["slurm"]] for name, task in record(tmp_path).items()}
+    assert len(jobs(cluster)) == len(DATA_TASKS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sbatch: error: Batch job submission failed: Access/permission denied", "sbatch: {}"),
+        (
+            "sbatch: error: Batch job submission failed: Resource temporarily unavailable",
+            "the queue is full, SLURM takes no more jobs; submit later ({})",
+        ),
+    ],
+)
+def test_when_a_task_is_not_taken_nothing_stays_submitted(cluster, submit, tmp_path, text, message):
+    path = wrapped(tmp_path, f'((count == 3)) && {{ echo "{text}" >&2; exit 1; }}')
+    assert message.format(text) in submit(*DATA, PATH=path, status=4).stderr
+    assert not jobs(cluster)
+    assert not list((tmp_path / "root").rglob("claim.json"))
+    assert not (tmp_path / "root/jobs/tiny/job.json").exists()
+    submit(*DATA)  # and so it can be submitted again
+    assert len(jobs(cluster)) == len(DATA_TASKS)
+
+
+def test_a_job_that_is_under_way_is_not_started_again(cluster, submit, tmp_path):
+    submit(*DATA)
+    before = record(tmp_path)
+    ids = ", ".join(task["slurm"] for task in before.values())
+    message = f"tiny: a job of this name is under way (SLURM job {ids}); wait for it"
+    assert message in submit(*DATA, status=4).stderr
+    assert message in submit(*DATA, "--plan", status=2).stderr
+    here = run_pipeline(*DATA, f"root={tmp_path / 'root'}", status=4, **cluster_variables(cluster))
+    assert message in here.stderr
+    assert record(tmp_path) == before
+    assert len(jobs(cluster)) == len(DATA_TASKS)
+
+
+def test_a_job_that_runs_on_this_machine_is_not_submitted(cluster, submit, tmp_path):
+    plan = run_pipeline(*DATA, "--plan", f"root={tmp_path / 'root'}").stdout
+    shard = next(word for word in plan.split() if "/corpus/shard-" in word)
+    with locked(Path(shard)):
+        assert f"process {os.getpid()} on " in submit(*DATA, status=4).stderr
+    assert not jobs(cluster)
+
+
+def test_what_another_job_makes_is_waited_for_and_not_made_twice(cluster, submit, tmp_path):
+    submit(*DATA)
+    first = record(tmp_path)
+    other = tmp_path / "other.yaml"
+    shutil.copy(PROJECT / "tests/conf/job/tiny.yaml", other)
+    words = (f"job={other}", *DATA[1:], "tasks.tokenize.held_out_fraction=0.2")
+    plan = submit(*words, "--plan").stdout
+    assert f"dedup: is made by SLURM job {first['dedup']['slurm']} of tiny, which is waited for" in plan
+    submit(*words)
+    second = record(tmp_path, "other")
+    for name in DATA_TASKS[:-1]:
+        assert (second[name]["slurm"], second[name]["shared_with"]) == (first[name]["slurm"], "tiny")
+    assert second["tokenize"]["slurm"] != first["tokenize"]["slurm"]
+    assert len(jobs(cluster)) == len(DATA_TASKS) + 1
+    waits = cluster.job(second["tokenize"]["slurm"])["Dependency"]
+    assert all(f"afterok:{first[name]['slurm']}" in waits for name in ("dedup", "train_tokenizer"))
