@@ -27,6 +27,7 @@ LOST = re.compile(r"^srun: error: Node failure on (?P<node>\S+)")
 ALLOCATION = "PIPELINE_ALLOCATION"  # environment variable that slurm/stage.sbatch sets
 OUT_OF_MEMORY = "Out Of Memory"
 PAUSE_S = 0.1
+MOST_KILLS = 2
 ONE_REQUEST_S = 1.0  # in which signals to stop count as one
 SIGNALS = {
     "Killed": signal.SIGKILL,
@@ -173,6 +174,7 @@ def step_environment(run: Slurm, share: Share, attempt: tuple[int, str], port: i
 def _wait(directory: Path, share: Share, step: Step, silence: Silence, deadline: Deadline, stop: StopRequest) -> None:
     """Wait for the step; once a task has failed, or all are silent, the others are ended."""
     end = asked = float("inf")
+    kills = 0
     requests = 0  # that one signal may have brought, to this process and to the script that started it
     while step.status is None:
         now = time.monotonic()
@@ -181,8 +183,10 @@ def _wait(directory: Path, share: Share, step: Step, silence: Silence, deadline:
             end = now + GRACE_S * (12 if saving else 1)
             step.ask()
         if now > end or silence.is_too_long():
+            if kills == MOST_KILLS:
+                return  # srun waits for a node that does not answer
             step.kill()
-            end = now + GRACE_S
+            end, kills = now + GRACE_S, kills + 1
         if not stop and deadline.is_near():
             print(f"{directory}: the time of this job is nearly over: its state is saved", flush=True)
             stop.ask(signal.SIGUSR2)
@@ -224,6 +228,10 @@ def _reason(
     if step.lost:
         return Lost(f"{directory}: lost {', '.join(step.lost)}; the same command continues")
     if failed is None:
+        if step.status is not None and step.status < 0:
+            return Lost(
+                f"{directory}: srun was ended by {signal.Signals(-step.status).name}; the same command continues"
+            )
         return LaunchError(f"{directory}: srun exited with status {step.status}: {step.last}")
     guessed = guessed_reason(directory, share.first + failed, _status(how))
     return Lost(str(guessed)) if run.nodes > 1 else guessed  # of a machine that went its peers hear first
