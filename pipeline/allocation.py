@@ -75,7 +75,10 @@ def _shrink(task: FrozenTask, run: Slurm, nodes: int) -> Slurm:
     upstream = {name: stage_of(open_artifact(Path(path))) for name, path in task.inputs.items()}
     for fewer in range(nodes, (run.elastic or run.nodes) - 1, -1):
         if not list(task.stage.check(upstream, run.on(fewer))):
-            print(f"{task.name}: on {fewer} nodes instead of {run.nodes} (run.elastic)", flush=True)
+            print(
+                f"{task.name}: on {fewer} node{'s' if fewer > 1 else ''} instead of {run.nodes} (run.elastic)",
+                flush=True,
+            )
             return run.on(fewer)
     raise LaunchError(f"{task.name}: cannot be spread over {nodes} nodes or fewer; see run.elastic and run.nodes")
 

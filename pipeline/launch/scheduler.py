@@ -221,7 +221,9 @@ def look(ids: Iterable[str], pauses_s: Sequence[float] = PATIENCE_S) -> dict[str
     if not wanted:
         return {}
     found: dict[str, Seen] = {}
-    for line in _squeue("%i|%T|%r|%N|%M", pauses_s):
+    jobs = sorted({job.partition("_")[0] for job in wanted})
+    one_more = jobs[0]  # of a single job that is forgotten squeue says that there is no such job, and fails
+    for line in _squeue("%i|%T|%r|%N|%M", "--jobs", ",".join([*jobs, one_more]), pauses_s=pauses_s):
         job, state, reason, nodes, elapsed = line.split("|")
         if {job, job.partition("_")[0]} & wanted:
             found[job] = Seen(job, state, reason, nodes, elapsed)
@@ -230,9 +232,10 @@ def look(ids: Iterable[str], pauses_s: Sequence[float] = PATIENCE_S) -> dict[str
     return found
 
 
-def _squeue(columns: str, pauses_s: Sequence[float] = PATIENCE_S) -> list[str]:
-    mine = ("--user", str(os.getuid()))
-    words = ("--noheader", "--array", "--states=all", *mine, "--format", columns)
+def _squeue(columns: str, *which: str, pauses_s: Sequence[float] = PATIENCE_S) -> list[str]:
+    """Return a line for each job: of this user, if the flags `which` say nothing else."""
+    which = which or ("--user", str(os.getuid()))
+    words = ("--noheader", "--array", "--states=all", *which, "--format", columns)
     return command("squeue", *words, pauses_s=pauses_s).splitlines()
 
 

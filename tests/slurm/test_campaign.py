@@ -39,6 +39,7 @@ SETTINGS = (
     "run.checkpoints.every_steps=15",
 )
 FAULTS_EACH_ROUND = 4
+DELAY_S = 2.0
 ROUND_S = 600  # on a machine that has other work
 OTHERS_S, TRAINING_S = 1.5, 6.0  # of a task's life, within which it is hit
 
@@ -144,6 +145,7 @@ class Round:
     def __init__(self, job: Submitted, plan: list[tuple[str, str, float]], draw: random.Random) -> None:
         self.job, self.draw, self.faults = job, draw, plan
         self.kinds, self.began = Faults(job, draw), time.monotonic()
+        self.delayed: dict[str, float] = {}  # since when a requeued job has been held back
         self.next: tuple[str, float] | None = None  # the task that is to be hit, and when
 
     def suffer(self) -> None:
@@ -158,11 +160,19 @@ class Round:
                 ends = ", ".join(f"{row['task']} {row['id']} {row['state']} {row['reason']}" for row in rows)
                 self.say(f"something has failed ({ends}): retried")
                 self.job.command("retry", "tiny")
-            for row in rows:
-                if row["reason"] == "BeginTime":  # the two minutes after a requeue
-                    self.job.slurm.run("scontrol", "update", f"JobId={row['id']}", "StartTime=now", check=False)
+            self.shorten_delays({row["id"] for row in rows if row["reason"] == "BeginTime"})
             self.strike([row for row in rows if row["state"] == "RUNNING"], made)
             time.sleep(0.1)
+
+    def shorten_delays(self, delayed: set[str]) -> None:
+        """Let requeued jobs start after some seconds, not two minutes.
+
+        Not at once: SLURM takes the last word of the killed start for that of the next, which has failed then.
+        """
+        self.delayed = {job_id: self.delayed.get(job_id, time.monotonic()) for job_id in delayed}
+        for job_id, since in self.delayed.items():
+            if time.monotonic() > since + DELAY_S:
+                self.job.slurm.run("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
 
     def rows(self) -> list[dict[str, str]]:
         """What SLURM says of all elements of the job."""

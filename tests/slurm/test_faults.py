@@ -13,7 +13,7 @@ from trainings import DRIVER, NAME, OTHERS, RANK, Training, weights
 STEPS = 400
 LONG = 800
 OFTEN = "run.checkpoints.every_steps=50"
-LAYOUT = 1e-3  # relative, of a loss: another number of ranks rounds otherwise, and hundreds of steps carry that on
+LAYOUT = 0.05  # relative, of the last loss: another number of ranks rounds otherwise, and hundreds of steps carry it on
 
 
 @pytest.fixture
@@ -179,7 +179,10 @@ def test_a_job_that_may_not_be_begun_again_has_a_successor_that_its_dependents_w
     assert weights(training.made) == weights(reference(STEPS, 1))
 
 
-def test_a_training_goes_on_when_its_nodes_are_lost_and_on_fewer_if_it_has_to(cluster, train, reference):
+def test_a_training_goes_on_when_its_nodes_are_lost_and_on_fewer_if_it_has_to(cluster, train, reference, request):
+    def update(node: str, state: str) -> None:
+        cluster.run("scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=test")
+
     two = ["run.nodes=2", "run.elastic=1", "run.preflight=false", OFTEN]
     undisturbed = losses(reference(LONG, 2))  # first: the training does not wait for it
     training = train(LONG, *two)
@@ -192,21 +195,21 @@ def test_a_training_goes_on_when_its_nodes_are_lost_and_on_fewer_if_it_has_to(cl
     second = nodes(cluster, training)
     assert len(second) == 2
     assert first[1] not in second
-    spare = set(cluster.nodes) - {*second, first[1]}
-    for node in spare:
-        cluster.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
+    for node in set(cluster.nodes) - {*second, first[1]}:
+        request.addfinalizer(lambda node=node: update(node, "RESUME"))
+        update(node, "DRAIN")
     cluster.crash(second[0])  # where the process that began the ranks is: SLURM alone can help
-    cluster.run("scontrol", "update", f"NodeName={second[0]}", "State=DOWN", "Reason=test")
-    training.again()
-    training.wait_for_try(3)
+    update(second[0], "DOWN")  # which it finds out by itself after half a minute
+    wait_until(lambda: not training.is_running(), 60, training.what_is_there)
     done = losses(training.made)
+    assert len(done) >= 120
+    assert done == undisturbed[: len(done)]
+    training.again()
     told = training.finish()
     assert nodes(cluster, training) == [second[1]]
     assert int(told["Restarts"]) == 2
-    assert "on 1 nodes instead of 2" in training.log()
-    assert len(done) >= 120
-    assert losses(training.made)[: len(done)] == undisturbed[: len(done)]
-    assert losses(training.made) == pytest.approx(undisturbed, rel=LAYOUT)
+    assert "on 1 node instead of 2" in training.log()
+    assert losses(training.made)[-1] == pytest.approx(undisturbed[-1], rel=LAYOUT)
 
 
 def nodes(cluster, training: Training) -> list[str]:

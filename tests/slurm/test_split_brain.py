@@ -3,7 +3,7 @@
 from submitted import wait_until
 from trainings import RANK, Training, processes, weights
 
-STEPS = 1500
+STEPS = 800
 
 
 def test_a_node_that_was_cut_off_cannot_damage_what_its_successor_makes(isolated_cluster, new_root, reference):
