@@ -182,7 +182,7 @@ def act(data: dict[str, Any], job: str | None) -> int:
         command = decode(Command, data)
         tasks = plan(command, job)
         if command.plan and isinstance(command.run, Slurm) and not is_in_allocation():
-            from pipeline.preview import preview
+            from pipeline.jobs.preview import preview
 
             preview(tasks, command, job)
             return 0
@@ -190,7 +190,7 @@ def act(data: dict[str, Any], job: str | None) -> int:
             print_plan(tasks, command)
             return 0
         if isinstance(command.run, Slurm) and not is_in_allocation():
-            from pipeline.submit import submit
+            from pipeline.jobs.submit import submit
 
             submit(tasks, command, job)
             return 0

@@ -14,12 +14,12 @@ from pipeline.artifact import MANIFEST, WORK, open_artifact
 from pipeline.env import Share, StopRequest
 from pipeline.errors import ConfigError, LaunchError, Lost, PipelineError, Preempted
 from pipeline.execute import link
+from pipeline.jobs.successor import submit_successor
 from pipeline.launch import scheduler
 from pipeline.launch.lock import slurm_job
 from pipeline.launch.slurm import Slurm
 from pipeline.perform import perform, wanted
 from pipeline.plan import stage_of
-from pipeline.successor import submit_successor
 from pipeline.worker import FrozenTask, read_task
 
 OF_THE_CLUSTER = ("TimeLimit", "NodeDown")  # why SLURM ends a job that nobody has cancelled

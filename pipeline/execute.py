@@ -11,6 +11,8 @@ from pipeline.artifact import MANIFEST, WORK, Artifact, open_artifact, write_jso
 from pipeline.env import STOP_SIGNALS, Share, StopRequest
 from pipeline.errors import ArtifactError, LaunchError
 from pipeline.jobs.evidence import launcher_runs
+from pipeline.jobs.record import TaskRecord, new_record, read_record, write_record
+from pipeline.jobs.refusals import refuse_live
 from pipeline.launch import AnyRun
 from pipeline.launch.claim import live_claim
 from pipeline.launch.lock import locked
@@ -19,8 +21,6 @@ from pipeline.launch.slurm import Slurm
 from pipeline.launch.srun import allocated
 from pipeline.perform import clear, perform, want
 from pipeline.plan import Command, Task
-from pipeline.record import TaskRecord, new_record, read_record, write_record
-from pipeline.refusals import refuse_live
 from pipeline.settings import encode
 from pipeline.worker import FrozenTask, commit
 

@@ -10,10 +10,10 @@ from rich.table import Table
 
 from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError, ConfigError
+from pipeline.jobs.record import JobRecord
 from pipeline.launch.slurm import Slurm
 from pipeline.plan import Command, Task
 from pipeline.progress import clock, terminal_width
-from pipeline.record import JobRecord
 from pipeline.remote import is_url, open_anywhere
 from pipeline.settings import nearest
 from pipeline.stage import Stage

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pipeline.artifact import MANIFEST, WORK, write_json
 from pipeline.errors import ArtifactError, ConfigError, LaunchError, PipelineError
+from pipeline.jobs.record import RECORD, read_record
 from pipeline.launch.lock import read_owner
 from pipeline.perform import read_result
-from pipeline.record import RECORD, read_record
 from pipeline.settings import encode, nearest
 from pipeline.track import METRICS, State, Wandb, read_metrics, upload
 from pipeline.worker import read_task

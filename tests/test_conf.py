@@ -54,7 +54,8 @@ def test_data_tasks_of_the_example_clusters_ask_for_no_gpus_and_no_whole_nodes(c
     training = sbatch_flags(run.of("pretrain", Pretrain(tokens="t", steps=1)), Pretrain(tokens="t", steps=1), None)
     data = sbatch_flags(run.of("clean", Clean(corpus="c")), Clean(corpus="c"), None)
     assert sum("gpu:" in flag or "gpus" in flag for flag in training) == (cluster != "cpu_cluster")
-    assert f"--ntasks-per-node={run.ranks_per_node}" in training
+    a_node = f"--mincpus={run.ranks_per_node * run.cpus_per_rank}" if run.elastic else f"--ntasks-per-node={run.each}"
+    assert a_node in training
     assert not [flag for flag in data if "gpu" in flag or "exclusive" in flag]
     assert [flag for flag in data if flag.startswith("--array=0-")]
 

@@ -11,22 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "pipeline"
 
 LAYERS = [  # from the top; modules of one layer may import one another, but for the three neighbours
     {"__main__", "rank"},
-    {
-        "allocation",
-        "batch",
-        "compose",
-        "execute",
-        "jobs",
-        "operate",
-        "perform",
-        "plan",
-        "record",
-        "sharing",
-        "submit",
-        "successor",
-        "sync",
-    }
-    | {"preflight", "preview", "probe", "refusals", "trace", "verify", "worker"},
+    {"allocation", "compose", "execute", "jobs", "operate", "perform", "plan"}
+    | {"preflight", "probe", "sync", "trace", "verify", "worker"},
     {"launch", "stages"},
     {"training", "report"},
     {"text", "models", "parallel"},

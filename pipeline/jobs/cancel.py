@@ -14,11 +14,11 @@ from pathlib import Path
 from pipeline.errors import LaunchError
 from pipeline.jobs.evidence import directory_of
 from pipeline.jobs.look import look
+from pipeline.jobs.record import JobRecord, TaskRecord, read_record
+from pipeline.jobs.sharing import deciding, unwant, who_else_wants
 from pipeline.jobs.states import UNKNOWN, JobStatus, TaskStatus
 from pipeline.jobs.words import find, parse
 from pipeline.launch import scheduler
-from pipeline.record import JobRecord, TaskRecord, read_record
-from pipeline.sharing import deciding, unwant, who_else_wants
 
 PATIENCE_S = 120.0  # until what was cancelled has ended: it saves its state first
 PAUSE_S = 0.5

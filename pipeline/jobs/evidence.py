@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import MANIFEST, WORK
+from pipeline.jobs.record import JobRecord, TaskRecord
 from pipeline.launch.claim import CLAIM
 from pipeline.launch.lock import LOCK, STALE_S, TRIES, read_owner
 from pipeline.perform import read_result
-from pipeline.record import JobRecord, TaskRecord
 from pipeline.stage import ATTEMPT_FILE
 from pipeline.track import METRICS
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.jobs.evidence import directory_of, tail
 from pipeline.jobs.look import look
+from pipeline.jobs.record import TaskRecord, read_record
 from pipeline.jobs.states import DONE, TaskStatus
 from pipeline.jobs.words import find_task, parse
 from pipeline.launch.failures import rank_log
-from pipeline.record import TaskRecord, read_record
 
 FLAGS = {"--rank": int, "--follow": bool, "--lines": int}
 BLOCK_BYTES = 1 << 20

@@ -6,10 +6,10 @@ from pathlib import Path
 from pipeline.artifact import MANIFEST
 from pipeline.errors import LaunchError
 from pipeline.jobs.evidence import directory_of, launcher_runs, read_claim, read_evidence
+from pipeline.jobs.record import JobRecord
 from pipeline.jobs.states import JobStatus, judge
 from pipeline.launch import scheduler
 from pipeline.launch.scheduler import Seen
-from pipeline.record import JobRecord
 
 
 def look(root: Path, records: Sequence[JobRecord]) -> list[JobStatus]:

@@ -15,13 +15,13 @@ from pipeline.env import STOP_SIGNALS, StopRequest
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.execute import execute_frozen
 from pipeline.jobs.look import look
+from pipeline.jobs.record import JobRecord, launcher_here, now, read_frozen, read_record, write_record
 from pipeline.jobs.states import RUNNING, JobStatus
+from pipeline.jobs.submit import submit_frozen
 from pipeline.jobs.words import parse
 from pipeline.launch.local import Local
 from pipeline.operate import made_line
 from pipeline.plan import identify_sources
-from pipeline.record import JobRecord, launcher_here, now, read_frozen, read_record, write_record
-from pipeline.submit import submit_frozen
 from pipeline.worker import FrozenTask, commit
 
 PATIENCE_S = 120.0

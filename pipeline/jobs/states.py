@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline.errors import Interrupted, LaunchError, Preempted
 from pipeline.jobs.evidence import Evidence, Marks, Pace, parts_of
+from pipeline.jobs.record import JobRecord, TaskRecord
 from pipeline.launch.scheduler import Seen
-from pipeline.record import JobRecord, TaskRecord
 
 DONE, RUNNING, WAITING, UNKNOWN = "done", "running", "waiting", "unknown"
 FAILED, LOST, CANCELLED, STOPPED, NEVER = "failed", "lost", "cancelled", "stopped", "never started"

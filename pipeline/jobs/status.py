@@ -23,10 +23,10 @@ from rich.text import Text
 
 from pipeline.errors import PipelineError
 from pipeline.jobs.look import look
+from pipeline.jobs.record import RECORD, JobRecord, read_record
 from pipeline.jobs.states import CANCELLED, DONE, FAILED, LOST, RUNNING, WAITING, JobStatus, TaskStatus
 from pipeline.jobs.words import parse
 from pipeline.progress import clock, terminal_width
-from pipeline.record import RECORD, JobRecord, read_record
 
 FLAGS = {"--watch": bool, "--json": bool}
 REFRESH_S = 3.0

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from pipeline.errors import LaunchError
 from pipeline.jobs.look import look
+from pipeline.jobs.record import read_record
 from pipeline.jobs.states import DONE, LOST, WAITING, JobStatus, TaskStatus
 from pipeline.jobs.status import describe
 from pipeline.jobs.words import parse
-from pipeline.record import read_record
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 10.0
 SURE_S = 3.0  # before a task that seems lost is taken for lost: files of another machine may come late

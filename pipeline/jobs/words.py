@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.record import RECORD, JobRecord, TaskRecord, read_record
+from pipeline.jobs.record import RECORD, JobRecord, TaskRecord, read_record
 from pipeline.settings import nearest
 
 

@@ -62,8 +62,8 @@ class Slurm(Run):
         environment: Variables of every rank: of NCCL and the interconnect.
         elastic: The fewest nodes that a training goes on with where it cannot have all; null is all of them.
         preflight: Whether the nodes are tried by a short job before a training on several of them.
-        notice_s: How long before the end of its time SLURM tells a job; a training that needs longer to save is told
-            sooner, by what its saving took.
+        notice_s: How long before the end of a job's time its training is told to save and stop; where saving took so
+            long that twice as much is more, that.
     """
 
     kind: Literal["slurm"] = "slurm"

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from pipeline.jobs.evidence import directory_of, is_running, last_error, read_evidence, tail
+from pipeline.jobs.record import TaskRecord
 from pipeline.launch.lock import locked
-from pipeline.record import TaskRecord
 
 
 def record(directory, ranks=1, is_array=False):

@@ -4,10 +4,10 @@ import pytest
 
 from pipeline.jobs.evidence import Evidence, Marks, Pace
 from pipeline.jobs.look import look
+from pipeline.jobs.record import JobRecord, TaskRecord
 from pipeline.jobs.states import JobStatus, judge
 from pipeline.jobs.status import describe
 from pipeline.launch.scheduler import Seen
-from pipeline.record import JobRecord, TaskRecord
 
 NOTHING = Evidence(marks={"": Marks()})
 DONE = Evidence(is_done=True)

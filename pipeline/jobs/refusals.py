@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.artifact import MANIFEST
-from pipeline.batch import script
 from pipeline.errors import LaunchError
+from pipeline.jobs.batch import script
+from pipeline.jobs.record import RECORD, read_record
+from pipeline.jobs.sharing import own
 from pipeline.launch import scheduler
 from pipeline.launch.claim import live_claim
 from pipeline.launch.lock import locked, read_owner
 from pipeline.launch.scheduler import Partition
 from pipeline.launch.slurm import Slurm, sbatch_flags, seconds_of, uses_device
-from pipeline.record import RECORD, read_record
 from pipeline.settings import nearest
-from pipeline.sharing import own
 from pipeline.worker import FrozenTask
 
 SHORTEST_S = 60  # SLURM counts in minutes

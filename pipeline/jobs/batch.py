@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import LaunchError
+from pipeline.jobs.record import JobRecord
 from pipeline.launch.local import PACKAGE
 from pipeline.launch.slurm import Slurm, sbatch_flags
 from pipeline.probe import NOT_CODE, code_digest
-from pipeline.record import JobRecord
 from pipeline.worker import FrozenTask
 
 SCRIPT = next((p for p in (PACKAGE / "slurm/stage.sbatch", PACKAGE.parent / "slurm/stage.sbatch") if p.is_file()), None)

@@ -9,15 +9,15 @@ import uuid
 from pathlib import Path
 
 from pipeline.artifact import write_json
-from pipeline.batch import environment, task_words
 from pipeline.errors import ArtifactError
+from pipeline.jobs.batch import environment, task_words
+from pipeline.jobs.record import RECORD, read_record
+from pipeline.jobs.sharing import deciding
 from pipeline.launch import scheduler
 from pipeline.launch.claim import write_claim
 from pipeline.launch.slurm import Slurm
 from pipeline.perform import wanted
-from pipeline.record import RECORD, read_record
 from pipeline.settings import encode
-from pipeline.sharing import deciding
 from pipeline.worker import FrozenTask
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pipeline.artifact import MANIFEST, WORK
-from pipeline.batch import (
+from pipeline.errors import ConfigError, LaunchError
+from pipeline.execute import begin, check_disk, freeze, link
+from pipeline.jobs.batch import (
     code_place,
     environment,
     keep_code,
@@ -15,8 +17,9 @@ from pipeline.batch import (
     preflight_words,
     task_words,
 )
-from pipeline.errors import ConfigError, LaunchError
-from pipeline.execute import begin, check_disk, freeze, link
+from pipeline.jobs.record import JobRecord, TaskRecord, new_record, write_record
+from pipeline.jobs.refusals import Cluster, bounded, read_cluster, refusals, refuse_live, refuse_working
+from pipeline.jobs.sharing import deciding, unwant
 from pipeline.launch import scheduler
 from pipeline.launch.claim import Claim, forget_claim, live_claim, write_claim
 from pipeline.launch.lock import forget_tries
@@ -25,9 +28,6 @@ from pipeline.operate import print_submitted
 from pipeline.perform import want
 from pipeline.plan import Command, Task
 from pipeline.preflight import RESULT
-from pipeline.record import JobRecord, TaskRecord, new_record, write_record
-from pipeline.refusals import Cluster, bounded, read_cluster, refusals, refuse_live, refuse_working
-from pipeline.sharing import deciding, unwant
 from pipeline.worker import FrozenTask, commit
 
 

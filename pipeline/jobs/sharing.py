@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pipeline.artifact import WORK
 from pipeline.errors import ArtifactError
+from pipeline.jobs.record import JobRecord, TaskRecord, read_record
 from pipeline.launch import scheduler
 from pipeline.launch.lock import locked
 from pipeline.perform import WANTED, wanted
-from pipeline.record import JobRecord, TaskRecord, read_record
 
 DECIDING = "lock-submit"  # in work/
 PATIENCE_S = 60.0  # what a submission of one task takes at the most, with a SLURM that has to be asked again

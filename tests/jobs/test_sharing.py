@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
+from pipeline.jobs.record import TaskRecord, new_record
+from pipeline.jobs.sharing import own, unwant, who_else_wants
 from pipeline.perform import want, wanted
-from pipeline.record import TaskRecord, new_record
-from pipeline.sharing import own, unwant, who_else_wants
 
 
 @pytest.fixture

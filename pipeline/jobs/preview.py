@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.artifact import MANIFEST
-from pipeline.batch import environment, in_shell, needs_preflight, preflight_asks, preflight_words, task_words
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.execute import needed_bytes
+from pipeline.jobs.batch import environment, in_shell, needs_preflight, preflight_asks, preflight_words, task_words
+from pipeline.jobs.record import JobRecord
+from pipeline.jobs.refusals import Cluster, read_cluster, refusals, refuse_live
+from pipeline.jobs.submit import fit_arrays, frozen_job
 from pipeline.launch.claim import live_claim
 from pipeline.launch.failures import gigabytes
 from pipeline.launch.scheduler import NoSlurm
@@ -14,9 +17,6 @@ from pipeline.launch.slurm import Slurm, seconds_of
 from pipeline.operate import print_plan
 from pipeline.plan import Command, Task
 from pipeline.progress import clock
-from pipeline.record import JobRecord
-from pipeline.refusals import Cluster, read_cluster, refusals, refuse_live
-from pipeline.submit import fit_arrays, frozen_job
 from pipeline.worker import FrozenTask
 
 TOKEN = "pipeline"  # a submission adds a number that no other has
