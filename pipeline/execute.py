@@ -13,6 +13,7 @@ from pipeline.errors import ArtifactError, LaunchError
 from pipeline.jobs.evidence import launcher_runs
 from pipeline.jobs.record import TaskRecord, new_record, read_record, write_record
 from pipeline.jobs.refusals import refuse_live
+from pipeline.jobs.words import say
 from pipeline.launch import AnyRun
 from pipeline.launch.claim import live_claim
 from pipeline.launch.lock import locked
@@ -62,7 +63,7 @@ def refuse_running(root: Path, job: str) -> None:
     if launcher_runs(record) and record.pid != os.getpid():  # a sweep runs several jobs of one name
         raise LaunchError(
             f"{job}: a job of this name is under way (process {record.pid} on {record.host}); wait for it "
-            f"(python -m pipeline wait {job}), or end it (python -m pipeline cancel {job})"
+            f"({say(f'wait {job}', root)}), or end it ({say(f'cancel {job}', root)})"
         )
     if record.launcher == "slurm":
         with suppress(NoSlurm):  # brought here from a cluster

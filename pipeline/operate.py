@@ -11,6 +11,7 @@ from rich.table import Table
 from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.jobs.record import JobRecord
+from pipeline.jobs.words import say
 from pipeline.launch.slurm import Slurm
 from pipeline.plan import Command, Task
 from pipeline.progress import clock, terminal_width
@@ -52,7 +53,7 @@ def print_plan(tasks: list[Task], command: Command) -> None:
     _print(f"{waiting} of {len(tasks)} tasks would run; nothing was started.")
 
 
-def print_submitted(record: JobRecord, tasks: Sequence[FrozenTask]) -> None:
+def print_submitted(root: Path, record: JobRecord, tasks: Sequence[FrozenTask]) -> None:
     """Print which SLURM job makes each task, and where."""
     table = _table("task", "SLURM job", "runs on", "directory")
     for task, submitted in zip(tasks, record.tasks, strict=True):
@@ -62,7 +63,7 @@ def print_submitted(record: JobRecord, tasks: Sequence[FrozenTask]) -> None:
         table.add_row(task.name, f"{job}{shared}", describe_run(task), submitted.directory)
     _print(table)
     if any(submitted.slurm for submitted in record.tasks):
-        _print(f"submitted; how far it is: python -m pipeline status {record.name}")
+        _print(f"submitted; how far it is: {say(f'status {record.name}', root)}")
     else:
         _print("nothing to submit: all was made before (run.* and tracker say how, not what; a changed setting reruns)")
 

@@ -17,7 +17,7 @@ from pipeline.launch.local import Local
 from pipeline.launch.slurm import Slurm
 from pipeline.remote import is_url
 from pipeline.settings import Input, Settings, Source, decode, encode, fingerprint, marked, nearest
-from pipeline.stage import Stage, TaskName
+from pipeline.stage import ATTEMPT_FILE, Stage, TaskName
 from pipeline.stages import AnyStage
 from pipeline.stages.imported import Imported, open_input
 from pipeline.text.sources import identify
@@ -239,7 +239,7 @@ def _put(data: Any, path: str, value: Any) -> None:
 
 
 def _why(task: Task, waiting_for: list[str], link: Path) -> str:
-    if (task.directory / WORK / "task.json").exists():
+    if any((task.directory / WORK).glob(f"{ATTEMPT_FILE}*")):
         return "unfinished: continues"
     if waiting_for:
         return f"after {', '.join(dict.fromkeys(waiting_for))}"

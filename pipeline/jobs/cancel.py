@@ -17,7 +17,7 @@ from pipeline.jobs.look import look
 from pipeline.jobs.record import JobRecord, TaskRecord, read_record
 from pipeline.jobs.sharing import deciding, unwant, who_else_wants
 from pipeline.jobs.states import UNKNOWN, JobStatus, TaskStatus
-from pipeline.jobs.words import find, parse
+from pipeline.jobs.words import find, parse, say
 from pipeline.launch import scheduler
 
 PATIENCE_S = 120.0  # until what was cancelled has ended: it saves its state first
@@ -101,7 +101,7 @@ def _wait_for_end(root: Path, name: str, cancelled: Sequence[str]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while left := _not_over(look(root, [read_record(root, name)])[0], cancelled):
         if time.monotonic() > deadline:
-            print(f"{', '.join(left)}: still saving; python -m pipeline wait {name} returns when that is over")
+            print(f"{', '.join(left)}: still saving; {say(f'wait {name}', root)} returns when that is over")
             return
         time.sleep(PAUSE_S)
 

@@ -14,7 +14,7 @@ from pipeline.errors import ArtifactError, ConfigError
 from pipeline.jobs.evidence import directory_of, tail
 from pipeline.jobs.look import look
 from pipeline.jobs.record import TaskRecord, read_record
-from pipeline.jobs.states import DONE, TaskStatus
+from pipeline.jobs.states import DONE, RUNNING, TaskStatus
 from pipeline.jobs.words import find_task, parse
 from pipeline.launch.failures import rank_log
 
@@ -151,5 +151,8 @@ def _print_job_log(root: Path, job: str, directory: Path, task: TaskRecord, rank
         print(text, end="" if text.endswith("\n") else "\n")
         return
     state = _state(root, job, task.name)
+    if state.state in (DONE, RUNNING):
+        print(f"{job}.{task.name}: rank {rank} has printed nothing; the task is {state.state}", file=sys.stderr)
+        return
     why = f"; {state.error}" if state.error else ""
     raise ArtifactError(f"{job}.{task.name}: there is no log of rank {rank}: the task is {state.state}{why}")

@@ -84,7 +84,7 @@ def _estimate(task: FrozenTask, limit_s: int | None) -> str:
     run = task.run
     assert isinstance(run, Slurm)
     limits = [limit for limit in (seconds_of(run.time or ""), limit_s) if limit is not None]
-    time = f"jobs of {clock(min(limits))} at the most" if limits else "no limit of time"
+    time = f"jobs of {clock(min(limits))} at the most" if limits else "the partition's default time"
     disk, is_known = needed_bytes(task)
     beside = "" if is_known else ", and what its inputs bring, which are not made yet"
     memory = "memory: not known before it runs"

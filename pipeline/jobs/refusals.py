@@ -10,6 +10,7 @@ from pipeline.errors import LaunchError
 from pipeline.jobs.batch import script
 from pipeline.jobs.record import RECORD, read_record
 from pipeline.jobs.sharing import own
+from pipeline.jobs.words import say
 from pipeline.launch import scheduler
 from pipeline.launch.claim import live_claim
 from pipeline.launch.lock import locked, read_owner
@@ -59,7 +60,7 @@ def live_jobs(root: Path, name: str) -> list[str]:
         return []
     record = read_record(root, name)
     ids = {one for task in own(record) for one in (task.slurm, task.preflight) if one}
-    return sorted({seen.id.partition("_")[0] for seen in scheduler.look(ids).values() if not seen.is_over})
+    return sorted({seen.id.partition("_")[0] for seen in scheduler.look(ids).values() if not seen.is_over}, key=int)
 
 
 def refuse_live(root: Path, name: str) -> None:
@@ -71,7 +72,7 @@ def refuse_live(root: Path, name: str) -> None:
     if live := live_jobs(root, name):
         raise LaunchError(
             f"{name}: a job of this name is under way (SLURM job {', '.join(live)}); wait for it "
-            f"(python -m pipeline status {name}), or end it (python -m pipeline cancel {name})"
+            f"({say(f'wait {name}', root)}), or end it ({say(f'cancel {name}', root)})"
         )
 
 

@@ -18,7 +18,7 @@ from pipeline.jobs.look import look
 from pipeline.jobs.record import JobRecord, launcher_here, now, read_frozen, read_record, write_record
 from pipeline.jobs.states import RUNNING, JobStatus
 from pipeline.jobs.submit import submit_frozen
-from pipeline.jobs.words import parse
+from pipeline.jobs.words import parse, say
 from pipeline.launch.local import Local
 from pipeline.operate import made_line
 from pipeline.plan import identify_sources
@@ -43,7 +43,7 @@ def retry(arguments: Sequence[str]) -> int:
     found = _look_after_ending(root, record)
     if record.launcher == "local" and any(task.state == RUNNING for task in found.tasks):
         where = f"process {record.pid} on {record.host}"
-        raise LaunchError(f"{name}: is under way ({where}); wait for it, or end it: python -m pipeline cancel {name}")
+        raise LaunchError(f"{name}: is under way ({where}); wait for it, or end it: {say(f'cancel {name}', root)}")
     tasks = read_frozen(root, name)
     _enter(record)
     left = [task for task in tasks if not (Path(task.directory) / MANIFEST).exists()]
@@ -115,7 +115,7 @@ def _run_here(root: Path, record: JobRecord, tasks: Sequence[FrozenTask]) -> Non
     with StopRequest().listening(*STOP_SIGNALS, signal.SIGHUP, signal.SIGINT) as stop:
         write_record(root, record, tasks)
         execute_frozen(root, tasks, record.name, stop, _say)
-    print(f"{record.name}: done; python -m pipeline status {record.name} shows it")
+    print(f"{record.name}: done; {say(f'status {record.name}', root)} shows it")
 
 
 def _say(task: FrozenTask, made: Artifact) -> None:

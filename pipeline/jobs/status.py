@@ -25,7 +25,7 @@ from pipeline.errors import PipelineError
 from pipeline.jobs.look import look
 from pipeline.jobs.record import RECORD, JobRecord, read_record
 from pipeline.jobs.states import CANCELLED, DONE, FAILED, LOST, RUNNING, WAITING, JobStatus, TaskStatus
-from pipeline.jobs.words import parse
+from pipeline.jobs.words import parse, say
 from pipeline.progress import clock, terminal_width
 
 FLAGS = {"--watch": bool, "--json": bool}
@@ -50,7 +50,7 @@ def status(arguments: Sequence[str]) -> int:
             _watch(words.root, name, as_json)
         return 0
     found = _look(words.root, name)
-    print(_as_json(found, name is not None, 1) if as_json else _text(_page(found, name)))
+    print(_as_json(found, name is not None, 1) if as_json else _text(_page(found, name, words.root)))
     return 0
 
 
@@ -85,14 +85,14 @@ def _watch(root: Path, name: str | None, as_json: bool) -> None:
         with Live(console=Console(highlight=False), auto_refresh=False, vertical_overflow="visible") as screen:
             while True:
                 found = _look(root, name)
-                screen.update(_page(found, name), refresh=True)
+                screen.update(_page(found, name, root), refresh=True)
                 if all(one.is_over for one in found):
                     return
                 time.sleep(REFRESH_S)
     shown = ""
     while True:
         found = _look(root, name)
-        if (text := _text(_page(found, name))) != shown:
+        if (text := _text(_page(found, name, root))) != shown:
             print(text, flush=True)
             shown = text
         if all(one.is_over for one in found):
@@ -100,13 +100,13 @@ def _watch(root: Path, name: str | None, as_json: bool) -> None:
         time.sleep(REFRESH_S)
 
 
-def _page(found: Sequence[JobStatus], name: str | None) -> Group:
+def _page(found: Sequence[JobStatus], name: str | None, root: Path) -> Group:
     """Return what is shown: a table of jobs, or of the tasks of one."""
     problems = [Text(text, "yellow") for text in dict.fromkeys(one.problem for one in found) if text]
     if name is None:
         return Group(_jobs(found) if found else Text("no job was started here; root=DIR says where"), *problems)
     errors = _errors(found[0]) if terminal_width() is not None else []  # else in the line of their task, for grep
-    return Group(_tasks(found[0], terminal_width()), *errors, *problems, *_hints(found[0]))
+    return Group(_tasks(found[0], terminal_width()), *errors, *problems, *_hints(found[0], root))
 
 
 def _text(page: Group) -> str:
@@ -202,14 +202,15 @@ def _progress(task: TaskStatus) -> str:
     return ""
 
 
-def _hints(job: JobStatus) -> list[Text]:
+def _hints(job: JobStatus, root: Path) -> list[Text]:
     """Return what to do next, where something has to be done."""
     name, state = job.record.name, job.state
     if not job.is_over or state == DONE:
         return []
     bad = next(task for task in job.tasks if task.state == state)
-    lines = [f"why: python -m pipeline logs {name}.{bad.name}"] if state in (FAILED, LOST) else []
-    return [Text("\n".join([*lines, f"continue: python -m pipeline retry {name}"]))]
+    lines = [f"why: {say(f'logs {name}.{bad.name}', root)}"] if state in (FAILED, LOST) else []
+    lines.append(f"continue: {say(f'retry {name}', root)}   as it was started; with other settings start it anew")
+    return [Text("\n".join(lines))]
 
 
 def _table(*headings: str) -> Table:

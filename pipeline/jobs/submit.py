@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pipeline.artifact import MANIFEST, WORK
-from pipeline.errors import ConfigError, LaunchError
+from pipeline.errors import ArtifactError, ConfigError, LaunchError
 from pipeline.execute import begin, check_disk, freeze, link
 from pipeline.jobs.batch import (
     code_place,
@@ -17,7 +17,7 @@ from pipeline.jobs.batch import (
     preflight_words,
     task_words,
 )
-from pipeline.jobs.record import JobRecord, TaskRecord, new_record, write_record
+from pipeline.jobs.record import JobRecord, TaskRecord, new_record, read_record, write_record
 from pipeline.jobs.refusals import Cluster, bounded, read_cluster, refusals, refuse_live, refuse_working
 from pipeline.jobs.sharing import deciding, unwant
 from pipeline.launch import scheduler
@@ -102,9 +102,19 @@ def submit_frozen(
         submission.undo()
         raise
     record = submission.record()
-    write_record(root, record, tasks)
-    print_submitted(record, tasks)
+    if any(task.slurm for task in record.tasks) or not _is_recorded(root, record):
+        write_record(root, record, tasks)
+    print_submitted(root, record, tasks)
     return record
+
+
+def _is_recorded(root: Path, record: JobRecord) -> bool:
+    """Return whether the job was started before with these very tasks: what is known of that is not to be lost."""
+    try:
+        old = read_record(root, record.name)
+    except ArtifactError:
+        return False
+    return [task.directory for task in old.tasks] == [task.directory for task in record.tasks]
 
 
 class Submission:

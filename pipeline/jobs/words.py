@@ -1,5 +1,6 @@
 """The words of a command about jobs: names, `--flags` with or without a value, and root=DIR."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,12 @@ from pathlib import Path
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.jobs.record import RECORD, JobRecord, TaskRecord, read_record
 from pipeline.settings import nearest
+
+
+def say(words: str, root: Path) -> str:
+    """Return a command as a person gives it, with the root where that is not the usual one."""
+    usual = root.absolute() == Path("artifacts").absolute()
+    return f"python -m pipeline {words}" + ("" if usual else f" root={shlex.quote(str(root))}")
 
 
 @dataclass

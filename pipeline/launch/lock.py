@@ -19,10 +19,12 @@ from typing import Any
 
 from pipeline.artifact import WORK, atomic
 from pipeline.errors import ArtifactError, LaunchError
+from pipeline.launch import scheduler
 from pipeline.stage import ATTEMPT_FILE, CHECKPOINTS
 
 LOCK = "lock"
 BEAT_S = 10.0
+ASK_S = 5.0  # before SLURM is asked again
 STALE_S = 60.0  # without a sign of life, after which an owner on another machine counts as gone
 SETTLE_S = 0.5  # in which two that sign at the same moment, without a lock of the kernel, see one another
 SIGNATURE_BYTES = 4096  # more than one has
@@ -47,7 +49,8 @@ def locked(directory: Path, name: str = LOCK, patience_s: float = 0.0) -> Iterat
     deadline = time.monotonic() + patience_s
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        while (owner := _take(descriptor, path)) is not None:
+        gone_jobs = GoneJobs()
+        while (owner := _take(descriptor, path, gone_jobs)) is not None:
             if time.monotonic() > deadline:
                 raise LaunchError(f"{directory}: {owner} is working in it; wait for it or end it")
             time.sleep(0.2)
@@ -100,20 +103,34 @@ def slurm_job() -> str | None:
     return env.get("SLURM_JOB_ID")
 
 
-def _take(descriptor: int, path: Path) -> str | None:
+class GoneJobs:
+    """Knows which SLURM jobs are over; SLURM is asked now and then."""
+
+    def __init__(self) -> None:
+        self._next, self._gone = 0.0, False
+
+    def __contains__(self, job: str | None) -> bool:
+        if job is not None and not self._gone and time.monotonic() > self._next:
+            self._next = time.monotonic() + ASK_S
+            with suppress(LaunchError):
+                self._gone = all(seen.is_over for seen in scheduler.look([job], pauses_s=()).values())
+        return self._gone
+
+
+def _take(descriptor: int, path: Path, gone_jobs: GoneJobs) -> str | None:
     """Take the lock, sign it and return null, or say who holds it."""
     kernel_knows = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = read_owner(path.parent.parent, path.name)
-        if owner is None or owner["host"] == socket.gethostname() or not _is_gone(owner, kernel_knows):
+        if owner is None or owner["host"] == socket.gethostname() or not _is_gone(owner, kernel_knows, gone_jobs):
             return str(owner["words"]) if owner else "another process"
         kernel_knows = False  # a node that was cut off still holds it, but SLURM has begun its job again
     except OSError:  # a file system without: the heartbeat has to do
         kernel_knows = False
     owner = read_owner(path.parent.parent, path.name)
-    if owner is not None and not _is_gone(owner, kernel_knows) and (quiet_s := age_s(path)) <= STALE_S:
+    if owner is not None and not _is_gone(owner, kernel_knows, gone_jobs) and (quiet_s := age_s(path)) <= STALE_S:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         return f"{owner['words']}, whose last sign of life came {quiet_s:.0f} s ago,"
@@ -125,11 +142,13 @@ def _take(descriptor: int, path: Path) -> str | None:
     return None
 
 
-def _is_gone(owner: Mapping[str, Any], kernel_knows: bool) -> bool:
+def _is_gone(owner: Mapping[str, Any], kernel_knows: bool, gone_jobs: GoneJobs) -> bool:
     """Return whether an owner that has not released its lock is known to have ended, whatever its heartbeat says."""
     if owner["host"] == socket.gethostname():
         return kernel_knows or not Path(f"/proc/{owner['pid']}").exists()
-    return owner["job"] is not None and owner["job"] == slurm_job()  # SLURM ended it before it began this job again
+    if owner["job"] is not None and owner["job"] == slurm_job():
+        return True  # SLURM ended it before it began this job again
+    return owner["job"] in gone_jobs
 
 
 def _sign(descriptor: int) -> bytes:

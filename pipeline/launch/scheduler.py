@@ -156,7 +156,10 @@ def _run(words: Sequence[str], environment: Mapping[str, str] | None) -> tuple[i
             f"{words[0]}: there is no such command on this machine's PATH; run this on a login node of the "
             "cluster (or load its SLURM module), or say run=local"
         ) from None
-    return status, text, " ".join(said or text.split("\n")).strip()
+    problem = " ".join(said or text.split("\n")).strip().replace(f"{words[0]}: error: ", "")
+    if "configuration source" in problem:
+        problem = "SLURM has no configuration here; set SLURM_CONF, or run this on a login node of the cluster"
+    return status, text, problem
 
 
 def submit(words: Sequence[str], environment: Mapping[str, str], token: str) -> str:
