@@ -91,7 +91,7 @@ def test_no_network_is_one_line():
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **nobody}, cwd=PROJECT, capture_output=True, text=True
     )
-    (line,) = [said for said in done.stdout.splitlines() if "wandb\x1b" not in said]  # W&B's own process may add its own
+    (line,) = [said for said in done.stdout.splitlines() if "wandb\x1b" not in said]  # W&B itself may say more
     assert line.startswith("W&B: ")
     assert "refused" in line
     assert line.endswith("; what is not there yet comes with the next sync")
