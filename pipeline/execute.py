@@ -12,7 +12,8 @@ from pipeline.env import STOP_SIGNALS, Share, StopRequest
 from pipeline.errors import ArtifactError, LaunchError
 from pipeline.jobs.evidence import launcher_runs
 from pipeline.jobs.record import TaskRecord, new_record, read_record, write_record
-from pipeline.jobs.refusals import refuse_live
+from pipeline.jobs.refusals import refuse_elements, refuse_live
+from pipeline.jobs.sharing import deciding
 from pipeline.jobs.words import say
 from pipeline.launch import AnyRun
 from pipeline.launch.claim import live_claim
@@ -88,7 +89,9 @@ def execute_frozen(
             if stop:
                 raise stop.error(f"before {task.name}; the tasks before it are done")
             check_disk(task, root)
-            if begin(task):
+            with deciding(directory):
+                begun = begin(task)
+            if begun:
                 perform(task, Share(world=task.run.ranks, first=0, count=task.run.ranks), stop)
             report(task, open_artifact(directory, task.stage.produces))
         if job is not None:
@@ -123,6 +126,7 @@ def begin(task: FrozenTask) -> bool:
     with locked(directory):
         if (directory / MANIFEST).exists():  # another run has made it meanwhile
             return False
+        refuse_elements(directory)
         if (claim := live_claim(directory)) is not None and claim.slurm != os.environ.get("SLURM_JOB_ID"):
             raise LaunchError(f"{directory}: SLURM job {claim.slurm} of {claim.job} is to work in it; cancel it first")
         clear(directory)

@@ -18,7 +18,7 @@ from pipeline.launch.lock import LOCK, STALE_S, begin_attempt, forget_tries, idl
 from pipeline.launch.slurm import Slurm
 from pipeline.plan import identify_sources
 from pipeline.stage import ATTEMPT_FILE, CHECKPOINTS, SCRATCH
-from pipeline.worker import FrozenTask, publish
+from pipeline.worker import FrozenTask, publish, read_task
 
 RESULT = "result"  # in work/: how the last try ended
 WANTED = "wanted"  # in work/: JOB.TASK of every job that this is a task of
@@ -49,6 +49,7 @@ def perform(task: FrozenTask, share: Share, stop: StopRequest, anew: bool = True
             if anew and not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
                 forget_tries(directory)
             if not (directory / MANIFEST).exists():
+                _check_world(directory, share)
                 _run_ranks(task, share, own, lock, stop)
                 leave_result(directory, own, None)
                 if share.is_all:
@@ -56,6 +57,7 @@ def perform(task: FrozenTask, share: Share, stop: StopRequest, anew: bool = True
         if not share.is_all:
             with locked(directory, PUBLISHED_LOCK, patience_s):
                 if not (directory / MANIFEST).exists() and _have_ended(directory, share.world):
+                    _check_world(directory, share)
                     _publish(task, own)
     except Replaced:
         raise
@@ -111,6 +113,16 @@ def _check_replaced(directory: Path, name: str, attempt: int, error: PipelineErr
             ) from error
 
 
+def _check_world(directory: Path, share: Share) -> None:
+    """Refuse what an element of an array left or would leave, once the task was begun anew with other ranks."""
+    if share.is_all:
+        return
+    if (world := read_task(directory / WORK / "task.json").run.ranks) != share.world:
+        raise Replaced(
+            f"{directory}: was begun anew with {world} ranks, and this is one of {share.world}; nothing more is written"
+        )
+
+
 def clear(directory: Path) -> None:
     """Make room for a try of all ranks: what an earlier one left half-written goes, finished units stay."""
     shutil.rmtree(directory / WORK / "ranks", ignore_errors=True)
@@ -160,12 +172,14 @@ def leave_result(directory: Path, own: str, error: PipelineError | None) -> None
 
 
 def read_result(directory: Path, own: str = "") -> Mapping[str, Any] | None:
-    """Return what `leave_result` left of a task, or of an element of its array ("-00003"); null if nothing."""
+    """Return what `leave_result` left of a task, or of an element of its array ("-00003"); null if nothing of use."""
     try:
-        result: Mapping[str, Any] = json.loads((directory / WORK / f"{RESULT}{own}.json").read_text("utf-8"))
+        result = json.loads((directory / WORK / f"{RESULT}{own}.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    return result
+    kinds = {"status": int, "problems": list, "time": str}
+    is_whole = isinstance(result, dict) and all(isinstance(result.get(name), kind) for name, kind in kinds.items())
+    return result if is_whole and all(isinstance(line, str) for line in result["problems"]) else None
 
 
 def last_problem(directory: Path, own: str) -> str:

@@ -8,8 +8,8 @@ import io
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Annotated, Any, Literal
@@ -184,14 +184,18 @@ class WandbTracker(Tracker):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the rows of a `metrics.jsonl`; none if it is not there. A last line cut by a kill is left out."""
+    """Return the rows of a `metrics.jsonl`; none if it is not there. What is no row, as one cut short, is left out."""
     rows = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and _are_numbers(row.values()):
+                rows.append(row)
     return rows
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
 
 
 def upload(

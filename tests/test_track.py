@@ -47,6 +47,14 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
     assert steps_in(tmp_path) == [1, 2, 3]
 
 
+def test_lines_that_are_no_rows_are_dropped(tmp_path):
+    track(Jsonl(), tmp_path, [1, 2])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('5\n[1]\nnull\n{}\n{"step": "a", "time": 1}\n{"step": 2, "time": null}\n\n\0\n')
+    track(Jsonl(), tmp_path, [3], after=2)
+    assert steps_in(tmp_path) == [1, 2, 3]
+
+
 def test_none_leaves_nothing(tmp_path):
     track(NoTracker(), tmp_path, [1])
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from pipeline.errors import LaunchError
 from pipeline.jobs.evidence import directory_of
 from pipeline.jobs.look import look
 from pipeline.jobs.record import JobRecord, TaskRecord, read_record
-from pipeline.jobs.sharing import deciding, unwant, who_else_wants
+from pipeline.jobs.sharing import complete, deciding, unwant, who_else_wants
 from pipeline.jobs.states import UNKNOWN, JobStatus, TaskStatus
 from pipeline.jobs.words import find, parse, say
 from pipeline.launch import scheduler
@@ -34,6 +34,8 @@ def cancel(arguments: Sequence[str]) -> int:
     """
     words = parse("cancel", arguments, "JOB[.TASK]")
     record, task = find(words.root, words.names[0])
+    if record.launcher == "slurm" and record.pid is not None:
+        record = complete(words.root, record)
     (found,) = look(words.root, [record])
     if found.problem:
         raise LaunchError(f"{record.name}: nothing was cancelled: {found.problem}")

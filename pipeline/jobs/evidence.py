@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.artifact import MANIFEST, WORK
 from pipeline.jobs.record import JobRecord, TaskRecord
-from pipeline.launch.claim import CLAIM
+from pipeline.launch import claim as claims
 from pipeline.launch.lock import LOCK, STALE_S, TRIES, read_owner
 from pipeline.perform import read_result
 from pipeline.stage import ATTEMPT_FILE
@@ -120,10 +120,8 @@ def read_evidence(directory: Path, task: TaskRecord) -> Evidence:
 
 def read_claim(directory: Path) -> tuple[str, str] | None:
     """Return the SLURM job that was last submitted for a task, and the job that this was for."""
-    with suppress(OSError, ValueError, KeyError):
-        data = json.loads((directory / WORK / CLAIM).read_text("utf-8"))
-        return data["slurm"], data["job"]
-    return None
+    claim = claims.read_claim(directory)
+    return (claim.slurm, claim.job) if claim and claim.slurm else None  # without an id SLURM has not answered yet
 
 
 def _read_marks(directory: Path, part: str) -> Marks:
@@ -174,7 +172,10 @@ def launcher_runs(record: JobRecord) -> bool:
     """Return whether the process that runs a job lives, if that can be seen from this machine."""
     if record.pid is None or record.host != socket.gethostname():
         return False
-    return is_running(record.pid, datetime.fromisoformat(record.submitted).timestamp())
+    try:
+        return is_running(record.pid, datetime.fromisoformat(record.submitted).timestamp())
+    except ValueError:  # of a record that somebody has edited
+        return False
 
 
 def _mtime(path: Path) -> float | None:
@@ -219,7 +220,7 @@ def last_error(log: Path) -> str:
 def read_pace(directory: Path, task: TaskRecord) -> Pace:
     """Return how far a task is: from the rows of a training's steps, else from its notes and the line of its log."""
     work = directory / WORK
-    rows = [row for row in rows_of(directory / METRICS) if "step" in row and "time" in row]
+    rows = [row for row in rows_of(directory / METRICS) if all(_is_number(row.get(name)) for name in ("step", "time"))]
     if rows:
         return _pace_of_steps(rows, _total_steps(work / "task.json"), _mtime(work / ATTEMPT_FILE) or 0.0)
     ranks = _count(work / "ranks")
@@ -245,13 +246,17 @@ def _pace_of_steps(rows: list[Mapping[str, Any]], total: int | None, began: floa
 def _newest(rows: list[Mapping[str, Any]], name: str) -> float | None:
     """Return the last value of a number; a training that has several parts calls it PART/NAME."""
     found = (row[key] for row in reversed(rows) for key in row if key == name or key.endswith(f"/{name}"))
-    return next((float(value) for value in found), None)
+    return next((float(value) for value in found if _is_number(value)), None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _total_steps(frozen: Path) -> int | None:
     try:
         steps = json.loads(frozen.read_text("utf-8"))["stage"].get("steps")
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return steps if isinstance(steps, int) else None
 

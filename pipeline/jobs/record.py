@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.artifact import write_json
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, ConfigError
 from pipeline.launch import AnyRun
 from pipeline.launch.lock import slurm_job
 from pipeline.plan import Task
 from pipeline.settings import Settings, decode, encode, nearest
 from pipeline.worker import FrozenTask
 
+FORMAT = 1
 RECORD = "job.json"
 FROZEN = "tasks.json"  # beside it: the tasks as they were when the job was started
 
@@ -127,23 +128,42 @@ def write_record(root: Path, record: JobRecord, tasks: Sequence[FrozenTask]) -> 
     write_json(directory / RECORD, encode(record))
 
 
-def read_frozen(root: Path, name: str) -> list[FrozenTask]:
+def read_frozen(root: Path, record: JobRecord) -> list[FrozenTask]:
     """Return the tasks of a job as they were frozen when it was started. Raises ArtifactError if they are not there."""
-    path = root / "jobs" / name / FROZEN
+    path = root / "jobs" / record.name / FROZEN
     try:
-        tasks = json.loads(path.read_text("utf-8"))["tasks"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({error}); start the job again") from None
-    return [decode(FrozenTask, task, where=str(path)) for task in tasks]
+        tasks = decode(_Frozen, json.loads(path.read_text("utf-8"))).tasks
+    except (OSError, ValueError, ConfigError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({_first_line(error)}); start the job again") from None
+    names, wanted = [task.name for task in tasks], [task.name for task in record.tasks]
+    if names != wanted:
+        found = ", ".join(names) or "none"
+        raise ArtifactError(f"{path}: wanted the tasks {', '.join(wanted)}, found {found}; start the job again")
+    return tasks
+
+
+class _Frozen(Settings):
+    tasks: list[FrozenTask]
 
 
 def read_record(root: Path, name: str) -> JobRecord:
     """Return the record of a job. Raises ArtifactError if none was started under this name, with the nearest."""
     path = root / "jobs" / name / RECORD
     try:
-        return decode(JobRecord, json.loads(path.read_text("utf-8")), where=str(path))
+        data = json.loads(path.read_text("utf-8"))
+        if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
+            raise ConfigError(f"another version of the pipeline wrote it: format {data['format']}, wanted {FORMAT}")
+        return decode(JobRecord, data)
     except FileNotFoundError:
         known = [record.parent.name for record in (root / "jobs").glob(f"*/{RECORD}")]
         raise ArtifactError(f"{name}: no job of this name was started in {root}{nearest(name, known)}") from None
-    except ValueError as error:
-        raise ArtifactError(f"{path}: damaged ({error}); start the job again") from None
+    except (OSError, ValueError, ConfigError) as error:
+        raise ArtifactError(
+            f"{path}: damaged ({_first_line(error)}); look whether jobs of it are in the queue (squeue --me "
+            f"--format '%i %j', those called {name}.*) and end them (scancel), then delete or move the file and start "
+            "the job again"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

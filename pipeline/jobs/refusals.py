@@ -5,21 +5,51 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.artifact import MANIFEST
+from pipeline.artifact import MANIFEST, WORK
 from pipeline.errors import LaunchError
 from pipeline.jobs.batch import script
+from pipeline.jobs.evidence import launcher_runs
 from pipeline.jobs.record import RECORD, read_record
-from pipeline.jobs.sharing import own
+from pipeline.jobs.sharing import DECIDING, own
 from pipeline.jobs.words import say
 from pipeline.launch import scheduler
 from pipeline.launch.claim import live_claim
-from pipeline.launch.lock import locked, read_owner
+from pipeline.launch.lock import LOCK, locked, read_owner
 from pipeline.launch.scheduler import Partition
 from pipeline.launch.slurm import Slurm, sbatch_flags, seconds_of, uses_device
 from pipeline.settings import nearest
 from pipeline.worker import FrozenTask
 
 SHORTEST_S = 60  # SLURM counts in minutes
+OWN_LOG = "the logs of a task are in its directory, in logs/"
+OWN_WAY = "a submission needs what sbatch prints of itself; `python -m pipeline wait JOB` waits"
+OWN_RANKS = "run.ranks_per_node says how many processes, and run.array how many elements"
+OWN_FLAGS = {  # of sbatch, each with what to say instead
+    "array": "run.array and run.at_once say how many elements",
+    "dependency": "a task waits for those whose output it reads: '@TASK' in the job file",
+    "output": OWN_LOG,
+    "error": OWN_LOG,
+    "open-mode": OWN_LOG,
+    "comment": "a submission finds its SLURM jobs by it",
+    "job-name": "the job and its task give the name",
+    "export": "run.environment and run.setup say what ranks find in their environment",
+    "chdir": "a task runs where the job was submitted; cd there",
+    "nodes": "run.nodes and run.elastic say how many",
+    "ntasks": OWN_RANKS,
+    "ntasks-per-node": OWN_RANKS,
+    "ntasks-per-core": OWN_RANKS,
+    "ntasks-per-socket": OWN_RANKS,
+    "ntasks-per-gpu": OWN_RANKS,
+    "kill-on-invalid-dep": "what waits for a task that failed never starts",
+    "signal": "run.notice_s says how long before its end a training is told",
+    "wrap": "a task says what runs",
+    **dict.fromkeys(("parsable", "wait", "test-only", "quiet", "version", "help", "usage"), OWN_WAY),
+}
+SHORT_FLAGS = {
+    **{"a": "array", "d": "dependency", "o": "output", "e": "error", "J": "job-name", "D": "chdir", "N": "nodes"},
+    **{"n": "ntasks", "W": "wait", "Q": "quiet", "V": "version", "h": "help"},
+}
+WITHOUT_VALUE = "HIOQVWhksv"  # of sbatch's short flags
 
 Answers = dict[tuple[str, ...], tuple[str, str] | None]  # of `scheduler.refusal`, by what was asked
 
@@ -64,11 +94,17 @@ def live_jobs(root: Path, name: str) -> list[str]:
 
 
 def refuse_live(root: Path, name: str) -> None:
-    """Refuse to start a job anew whose SLURM jobs wait or run.
+    """Refuse to start a job anew that is being submitted, or whose SLURM jobs wait or run.
+
+    One whose submission died is not refused: what it has submitted is found by its claims.
 
     Raises:
         LaunchError: If it is under way, or SLURM does not say.
     """
+    if (root / "jobs" / name / RECORD).is_file() and (record := read_record(root, name)).pid is not None:
+        if record.launcher == "slurm" and launcher_runs(record):
+            raise LaunchError(f"{name}: process {record.pid} on {record.host} is submitting a job of this name")
+        return
     if live := live_jobs(root, name):
         raise LaunchError(
             f"{name}: a job of this name is under way (SLURM job {', '.join(live)}); wait for it "
@@ -77,11 +113,26 @@ def refuse_live(root: Path, name: str) -> None:
 
 
 def refuse_working(tasks: Sequence[FrozenTask]) -> None:
-    """Refuse tasks that somebody works at without SLURM. Raises LaunchError with who does."""
+    """Refuse tasks that somebody works at without a claim. Raises LaunchError with who does."""
     for directory in (Path(task.directory) for task in tasks):
-        if read_owner(directory) is not None and live_claim(directory) is None:
-            with locked(directory):
-                pass
+        if _signed(directory, LOCK + "*") and live_claim(directory) is None:
+            if read_owner(directory) is not None:
+                with locked(directory):
+                    pass
+            refuse_elements(directory)
+
+
+def refuse_elements(directory: Path) -> None:
+    """Refuse a task at which elements of an array work, or publish. Raises LaunchError with who does."""
+    for name in _signed(directory, f"{LOCK}-*"):
+        with locked(directory, name):
+            pass
+
+
+def _signed(directory: Path, pattern: str) -> list[str]:
+    """Return the names of the locks of a task that were not released, as far as anybody knows."""
+    names = sorted(path.name for path in (directory / WORK).glob(pattern) if not path.name.endswith(".now"))
+    return [name for name in names if name != DECIDING and read_owner(directory, name) is not None]
 
 
 def refusals(root: Path, tasks: Sequence[FrozenTask], cluster: Cluster | None, said: Slurm | None = None) -> list[str]:
@@ -101,11 +152,32 @@ def refusals(root: Path, tasks: Sequence[FrozenTask], cluster: Cluster | None, s
             for problem in _refused(task, cluster, said, answers):
                 found.setdefault(problem, []).append(task.name)
     lines = [f"{problem} ({', '.join(names)})" for problem, names in found.items()]
-    return [*_not_writable(root), *lines]
+    return [*_unusable(root), *lines]
 
 
-def _not_writable(root: Path) -> Iterator[str]:
+def _contradictions(task: FrozenTask, said: Slurm | None) -> Iterator[str]:
+    """Say which flags of a task are the pipeline's own, also where they are cut short as sbatch allows."""
+    assert isinstance(task.run, Slurm)
+    for flag in task.run.flags:
+        if flag.startswith("--"):
+            start = flag[2:].partition("=")[0].strip()
+            names = [start] if start in OWN_FLAGS else [name for name in OWN_FLAGS if name.startswith(start)]
+        else:
+            names = [SHORT_FLAGS[letter] for letter in _letters(flag) if letter in SHORT_FLAGS]
+        if names:
+            yield f"{_place('flags', task, said)}: '{flag}' cannot be asked for here: {OWN_FLAGS[names[0]]}"
+
+
+def _letters(flag: str) -> str:
+    """Return the short flags of a word; after the first that takes a value comes that value."""
+    letters = flag[1:] if flag.startswith("-") else ""
+    return next((letters[: i + 1] for i, letter in enumerate(letters) if letter not in WITHOUT_VALUE), letters)
+
+
+def _unusable(root: Path) -> Iterator[str]:
     place = root.absolute()
+    if "\\" in str(place) or not str(place).isprintable():
+        yield f"root: wanted a path that sbatch can write logs to, without '\\' and line ends, found {str(place)!r}"
     while not place.exists() and not place.is_symlink():
         place = place.parent
     if not place.is_dir():
@@ -120,6 +192,7 @@ def _refused(task: FrozenTask, cluster: Cluster | None, said: Slurm | None, answ
     problems = []
     if run.time is not None and (seconds_of(run.time) or 0) < SHORTEST_S:
         problems.append(f"{_place('time', task, said)}: wanted a minute or more, found '{run.time}'")
+    problems += _contradictions(task, said)
     if cluster is not None and not problems:
         problems += _too_much(task, run, cluster, said)
     if cluster is not None and not problems and (answer := _ask(task, run, cluster, answers)) is not None:

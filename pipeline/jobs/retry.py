@@ -44,7 +44,7 @@ def retry(arguments: Sequence[str]) -> int:
     if record.launcher == "local" and any(task.state == RUNNING for task in found.tasks):
         where = f"process {record.pid} on {record.host}"
         raise LaunchError(f"{name}: is under way ({where}); wait for it, or end it: {say(f'cancel {name}', root)}")
-    tasks = read_frozen(root, name)
+    tasks = read_frozen(root, record)
     _enter(record)
     left = [task for task in tasks if not (Path(task.directory) / MANIFEST).exists()]
     if not left:

@@ -8,26 +8,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.artifact import WORK
-from pipeline.errors import ArtifactError
-from pipeline.jobs.record import JobRecord, TaskRecord, read_record
+from pipeline.artifact import WORK, write_json
+from pipeline.errors import ArtifactError, LaunchError
+from pipeline.jobs.evidence import directory_of, launcher_runs
+from pipeline.jobs.record import RECORD, JobRecord, TaskRecord, read_record
 from pipeline.launch import scheduler
+from pipeline.launch.claim import live_claim
 from pipeline.launch.lock import locked
 from pipeline.perform import WANTED, wanted
+from pipeline.settings import encode
 
 DECIDING = "lock-submit"  # in work/
 PATIENCE_S = 60.0  # what a submission of one task takes at the most, with a SLURM that has to be asked again
 
 
 @contextmanager
-def deciding(directory: Path) -> Iterator[None]:
+def deciding(directory: Path) -> Iterator[int]:
     """Let nobody else decide meanwhile who makes the task in `directory`: held from asking until SLURM has answered.
+
+    Gives the descriptor of the lock: an sbatch that inherits it holds it on should the submission die.
 
     Raises:
         LaunchError: If somebody else takes too long.
     """
-    with locked(directory, DECIDING, PATIENCE_S):
-        yield
+    with locked(directory, DECIDING, PATIENCE_S) as lock:
+        yield lock
 
 
 def who_else_wants(root: Path, job: str, directory: Path, slurm: str) -> list[str]:
@@ -56,6 +61,31 @@ def unwant(directory: Path, job: str) -> None:
     for name, task in wanted(directory):
         if name == job:
             (directory / WORK / WANTED / f"{name}.{task}").unlink(missing_ok=True)
+
+
+def complete(root: Path, record: JobRecord) -> JobRecord:
+    """Return the record of a job whose submission died with the SLURM job that it was about to note, and leave it so.
+
+    Raises:
+        LaunchError: If the job is still being submitted, or SLURM does not answer.
+    """
+    if launcher_runs(record):
+        raise LaunchError(
+            f"{record.name}: process {record.pid} on {record.host} is submitting it; wait for that, or end it "
+            f"(kill {record.pid}), which takes back what was submitted"
+        )
+    tasks = []
+    for task in record.tasks:
+        directory = directory_of(root, task)
+        if task.slurm is None and (directory / WORK).is_dir():
+            with deciding(directory):  # an sbatch may have outlived it
+                claim = live_claim(directory)
+            if claim is not None and claim.job == record.name:
+                task = task.model_copy(update={"slurm": claim.slurm})
+        tasks.append(task)
+    record = record.model_copy(update={"tasks": tasks, "host": None, "pid": None})
+    write_json(root / "jobs" / record.name / RECORD, encode(record))
+    return record
 
 
 def own(record: JobRecord) -> list[TaskRecord]:

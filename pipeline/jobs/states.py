@@ -19,6 +19,8 @@ FAILED, LOST, CANCELLED, STOPPED, NEVER = "failed", "lost", "cancelled", "stoppe
 UNDER_WAY = (RUNNING, WAITING, UNKNOWN)
 GRAVEST = (RUNNING, WAITING, UNKNOWN, FAILED, LOST, CANCELLED, STOPPED, NEVER, DONE)  # what stands for several
 WAITS = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+REMOVING = (FAILED, LOST, CANCELLED, STOPPED)  # of what waits for such a task SLURM removes the job
+WAITED, SAVED = "waited for ", "state saved"
 STOPS = (Preempted.exit_status, Interrupted.exit_status)
 NEVER_SATISFIED = "DependencyNeverSatisfied"
 DIED = {  # of SLURM's states
@@ -177,17 +179,22 @@ def _judge_task(
     pace = evidence.pace
     if evidence.is_done:
         return _with_pace(replace(status, ranks_done=task.ranks), replace(pace, left_s=None, ranks=task.ranks))
+    asked, is_blocked = seen is not None or job_id is None, any(need.state != DONE for need in needs)
+    is_removed = task.slurm is not None and any(need.state in REMOVING for need in needs)
     parts = {}
     for part in parts_of(task):
         marks = evidence.marks.get(part, Marks())
         one = here.get(f"{job_id}_{int(part[1:])}" if part else f"{job_id}")
-        asked = seen is not None or job_id is None
-        parts[part] = _judge_part(marks, one, asked, launcher_runs, bool(needs) and any(n.state != DONE for n in needs))
+        parts[part] = _judge_part(marks, one, asked, launcher_runs, is_blocked)
+        # of an array of which an element was cancelled before it could begin, SLURM shows only the others
+        if parts[part].state == NEVER and (is_removed or (here and one is None and not marks.log_error)):
+            parts[part] = replace(parts[part], state=CANCELLED, exit_status=Preempted.exit_status)
     whole = _combine(parts)
     if not evidence.is_there and whole.state not in UNDER_WAY:
         whole = replace(whole, error=f"its directory is gone: {task.directory}")
-    if whole.state == NEVER and (why := _why_never(needs) or _why_refused(task, evidence)):
-        whole = replace(whole, error=why)
+    if whole.state in (NEVER, CANCELLED) and not any(marks.began for marks in evidence.marks.values()):
+        why = _why_never(needs) or (_why_refused(task, evidence) if whole.state == NEVER else "")
+        whole = replace(whole, error=why or whole.error)
     if whole.state == WAITING and not whole.reason and (open_ := [n.name for n in needs if n.state != DONE]):
         whole = replace(whole, reason=f"for {', '.join(open_)}")
     if whole.state != RUNNING:
@@ -232,7 +239,8 @@ def _judge_part(marks: Marks, seen: Seen | None, asked: bool, launcher_runs: boo
     if seen is not None and seen.state == CANCELLED.upper():
         if seen.reason == NEVER_SATISFIED or (is_blocked and not marks.began and seen.reason == ""):
             return _Judgement(NEVER, seen.reason, exit_status=LaunchError.exit_status)
-        return _Judgement(CANCELLED, seen.state, marks.problem, Preempted.exit_status)
+        saved = marks.problem if marks.status in STOPS and marks.problem.endswith(SAVED) else ""
+        return _Judgement(CANCELLED, seen.state, saved, Preempted.exit_status)
     if marks.status:
         state = STOPPED if marks.status in STOPS else FAILED
         return _Judgement(state, "" if seen is None else seen.state, marks.problem, marks.status)
@@ -287,6 +295,8 @@ def _combine(parts: Mapping[str, _Judgement]) -> _Judgement:
     bad = {int(name[1:]): part for name, part in parts.items() if part.state in (FAILED, LOST)}
     wrong = next(iter(bad.items()), next(((n, part) for n, part in of_state.items() if part.error), None))
     error = f"element {wrong[0]}: {wrong[1].error or wrong[1].reason}" if wrong else ""
+    if state == CANCELLED:  # of which element is no matter
+        error = next((part.error for part in of_state.values() if part.error), "")
     reasons = Counter(part.reason for part in of_state.values() if part.reason)
     first = next(iter(of_state.values()))
     return _Judgement(state, next(iter(reasons), ""), error, first.exit_status)
@@ -297,11 +307,12 @@ def _why_never(needs: Sequence[TaskStatus]) -> str:
     blamed = [task for task in needs if task.state not in (DONE, *UNDER_WAY)]
     if not blamed:
         return ""
-    first = next((task for task in blamed if task.state != NEVER), blamed[0])
-    if first.state == NEVER:
-        return first.error if first.error.startswith("waited for ") else f"waited for {first.name}, which never started"
-    verb = "" if first.state == FAILED else "was "
-    return f"waited for {first.name}, which {verb}{first.state}" + (f": {first.error}" if first.error else "")
+    first = next((task for task in blamed if not task.error.startswith(WAITED)), blamed[0])
+    if first.error.startswith(WAITED):
+        return first.error
+    verb = "" if first.state in (FAILED, NEVER) else "was "
+    why = f": {first.error}" if first.error and first.state not in (CANCELLED, NEVER) else ""
+    return f"{WAITED}{first.name}, which {verb}{first.state}{why}"
 
 
 def _why_refused(task: TaskRecord, evidence: Evidence) -> str:

@@ -5,15 +5,17 @@ object for scripts: {"job", "state", "exit_status", "launcher", "submitted", "pr
 "state", "reason", "job_id", "shared_with", "nodes", "tries", "elements", "done", "total", "noun", "ranks_done",
 "ranks", "loss", "tokens_per_s", "left_s", "error", "exit_status", "directory"}, ...]}; without JOB a list of those. A
 state is "done", "running", "waiting", "failed", "lost" (ended without a word), "cancelled", "stopped" (its state is
-saved; retry continues it), "never started", or "unknown" where SLURM does not answer. What is not known is null.
-`status` itself ends with 0, however the job is; `wait` ends with the job's own exit status.
+saved; retry continues it), "never started", "unknown" where SLURM does not answer, or of a job "damaged", whose record
+cannot be read. What is not known is null. `status` itself ends with 0, however the job is, or with 3 where one is
+damaged; `wait` ends with the job's own exit status.
 """
 
 import json
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -21,16 +23,18 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.errors import PipelineError
+from pipeline.errors import ArtifactError
+from pipeline.jobs.evidence import directory_of
 from pipeline.jobs.look import look
-from pipeline.jobs.record import RECORD, JobRecord, read_record
-from pipeline.jobs.states import CANCELLED, DONE, FAILED, LOST, RUNNING, WAITING, JobStatus, TaskStatus
+from pipeline.jobs.record import RECORD, read_record
+from pipeline.jobs.states import CANCELLED, DONE, FAILED, LOST, RUNNING, WAITED, WAITING, JobStatus, TaskStatus
 from pipeline.jobs.words import parse, say
 from pipeline.progress import clock, terminal_width
 
 FLAGS = {"--watch": bool, "--json": bool}
 REFRESH_S = 3.0
-STYLES = {DONE: "green", RUNNING: "cyan", FAILED: "red", LOST: "red", CANCELLED: "yellow"}
+DAMAGED = "damaged"
+STYLES = {DONE: "green", RUNNING: "cyan", FAILED: "red", LOST: "red", CANCELLED: "yellow", DAMAGED: "red"}
 LESS_TELLING = ("node", "tokens/s", "job id", "loss")  # in this order
 UNBOUNDED = 1000  # columns, where nobody sees a terminal
 
@@ -45,49 +49,67 @@ def status(arguments: Sequence[str]) -> int:
     words = parse("status", arguments, None, FLAGS)
     name = words.names[0] if words.names else None
     as_json = bool(words.flags.get("--json"))
+    found = _Found([])
     if words.flags.get("--watch"):
         with suppress(KeyboardInterrupt):  # nothing but the looking ends
-            _watch(words.root, name, as_json)
-        return 0
-    found = _look(words.root, name)
-    print(_as_json(found, name is not None, 1) if as_json else _text(_page(found, name, words.root)))
-    return 0
+            found = _watch(words.root, name, as_json)
+    else:
+        found = _look(words.root, name)
+        print(_as_json(found, name is not None, 1) if as_json else _text(_page(found, name, words.root)))
+    for problem in found.damaged.values():
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+    return ArtifactError.exit_status if found.damaged else 0
 
 
-def _look(root: Path, name: str | None) -> list[JobStatus]:
-    return look(root, [read_record(root, name)] if name else list(_records(root)))
+@dataclass(frozen=True)
+class _Found:
+    """How far jobs are, and of those whose record cannot be read, by their names, what is wrong with it."""
+
+    jobs: Sequence[JobStatus]
+    damaged: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_over(self) -> bool:
+        return all(one.is_over for one in self.jobs)
 
 
-def _records(root: Path) -> Iterator[JobRecord]:
-    """Yield the records of all jobs; of one that cannot be read only that is said."""
+def _look(root: Path, name: str | None) -> _Found:
+    """Return how far one job is, or all. Raises ArtifactError if the record of that one cannot be read."""
+    if name:
+        return _Found(look(root, [read_record(root, name)]))
+    records, damaged = [], {}
     for path in sorted((root / "jobs").glob(f"*/{RECORD}")):
         try:
-            yield read_record(root, path.parent.name)
-        except PipelineError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            records.append(read_record(root, path.parent.name))
+        except ArtifactError as error:
+            damaged[path.parent.name] = str(error)
+    return _Found(look(root, records), damaged)
 
 
-def _as_json(found: Sequence[JobStatus], is_one: bool, indent: int | None) -> str:
-    plain = [one.plain() for one in found]
+def _as_json(found: _Found, is_one: bool, indent: int | None) -> str:
+    plain = [one.plain() for one in found.jobs]
+    unknown = {"exit_status": ArtifactError.exit_status, "launcher": None, "submitted": None}
+    for name, problem in found.damaged.items():
+        plain.append({"job": name, "state": DAMAGED, **unknown, "problem": problem, "tasks": []})
     return json.dumps(plain[0] if is_one else plain, indent=indent, ensure_ascii=False)
 
 
-def _watch(root: Path, name: str | None, as_json: bool) -> None:
+def _watch(root: Path, name: str | None, as_json: bool) -> _Found:
     """Show again and again how far it is until all is over: drawn in place on a terminal, else when it has changed."""
     if as_json:
         while True:
             found = _look(root, name)
             print(_as_json(found, name is not None, None), flush=True)
-            if all(one.is_over for one in found):
-                return
+            if found.is_over:
+                return found
             time.sleep(REFRESH_S)
     if terminal_width() is not None:
         with Live(console=Console(highlight=False), auto_refresh=False, vertical_overflow="visible") as screen:
             while True:
                 found = _look(root, name)
                 screen.update(_page(found, name, root), refresh=True)
-                if all(one.is_over for one in found):
-                    return
+                if found.is_over:
+                    return found
                 time.sleep(REFRESH_S)
     shown = ""
     while True:
@@ -95,18 +117,20 @@ def _watch(root: Path, name: str | None, as_json: bool) -> None:
         if (text := _text(_page(found, name, root))) != shown:
             print(text, flush=True)
             shown = text
-        if all(one.is_over for one in found):
-            return
+        if found.is_over:
+            return found
         time.sleep(REFRESH_S)
 
 
-def _page(found: Sequence[JobStatus], name: str | None, root: Path) -> Group:
+def _page(found: _Found, name: str | None, root: Path) -> Group:
     """Return what is shown: a table of jobs, or of the tasks of one."""
-    problems = [Text(text, "yellow") for text in dict.fromkeys(one.problem for one in found) if text]
+    problems = [Text(text, "yellow") for text in dict.fromkeys(one.problem for one in found.jobs) if text]
     if name is None:
-        return Group(_jobs(found) if found else Text("no job was started here; root=DIR says where"), *problems)
-    errors = _errors(found[0]) if terminal_width() is not None else []  # else in the line of their task, for grep
-    return Group(_tasks(found[0], terminal_width()), *errors, *problems, *_hints(found[0], root))
+        none = Text("no job was started here; root=DIR says where")
+        return Group(_jobs(found) if found.jobs or found.damaged else none, *problems)
+    job = found.jobs[0]
+    errors = _errors(job) if terminal_width() is not None else []  # else in the line of their task, for grep
+    return Group(_tasks(job, terminal_width()), *errors, *problems, *_hints(job, root))
 
 
 def _text(page: Group) -> str:
@@ -118,14 +142,16 @@ def _text(page: Group) -> str:
     return "\n".join(line.rstrip() for line in text.get().splitlines())
 
 
-def _jobs(found: Sequence[JobStatus]) -> Table:
+def _jobs(found: _Found) -> Table:
     table = _table("job", "state", "done", "now", "started", "on")
-    for one in found:
+    for one in found.jobs:
         now = [task for task in one.tasks if task.state == one.state and task.state != DONE]
         what = ", ".join(task.name for task in now[:3]) + (", …" if len(now) > 3 else "")
         done = f"{sum(task.state == DONE for task in one.tasks)}/{len(one.tasks)}"
         state = Text(one.state, STYLES.get(one.state, ""))
         table.add_row(one.record.name, state, done, what, one.record.submitted, one.record.launcher)
+    for name in found.damaged:
+        table.add_row(name, Text(DAMAGED, STYLES[DAMAGED]), "", "", "", "")
     return table
 
 
@@ -164,7 +190,11 @@ def _cells(task: TaskStatus) -> dict[str, Text | str]:
 
 
 def _error(task: TaskStatus) -> str:
-    return task.error.splitlines()[0] if task.error and task.state != DONE else ""
+    """Return the last error in a line; of a task that waited for another one without the reason: that one shows it."""
+    if not task.error or task.state == DONE:
+        return ""
+    line = task.error.splitlines()[0]
+    return line.partition(": ")[0] if line.startswith(WAITED) else line
 
 
 def _errors(job: JobStatus) -> list[Text]:
@@ -208,7 +238,8 @@ def _hints(job: JobStatus, root: Path) -> list[Text]:
     if not job.is_over or state == DONE:
         return []
     bad = next(task for task in job.tasks if task.state == state)
-    lines = [f"why: {say(f'logs {name}.{bad.name}', root)}"] if state in (FAILED, LOST) else []
+    is_there = any(directory_of(root, task).is_dir() for task in job.record.tasks if task.name == bad.name)
+    lines = [f"why: {say(f'logs {name}.{bad.name}', root)}"] if state in (FAILED, LOST) and is_there else []
     lines.append(f"continue: {say(f'retry {name}', root)}   as it was started; with other settings start it anew")
     return [Text("\n".join(lines))]
 

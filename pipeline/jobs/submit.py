@@ -1,11 +1,15 @@
 """Submits a planned job to SLURM: freezes the tasks and the code, and leaves one job of SLURM for each task."""
 
-import sys
+import os
+import signal
+import socket
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from pipeline.artifact import MANIFEST, WORK
+from pipeline.artifact import MANIFEST, WORK, atomic
+from pipeline.env import STOP_SIGNALS, StopRequest
 from pipeline.errors import ArtifactError, ConfigError, LaunchError
 from pipeline.execute import begin, check_disk, freeze, link
 from pipeline.jobs.batch import (
@@ -17,15 +21,16 @@ from pipeline.jobs.batch import (
     preflight_words,
     task_words,
 )
-from pipeline.jobs.record import JobRecord, TaskRecord, new_record, read_record, write_record
+from pipeline.jobs.record import FROZEN, RECORD, JobRecord, TaskRecord, new_record, read_record, write_record
 from pipeline.jobs.refusals import Cluster, bounded, read_cluster, refusals, refuse_live, refuse_working
-from pipeline.jobs.sharing import deciding, unwant
+from pipeline.jobs.sharing import deciding, unwant, who_else_wants
+from pipeline.jobs.words import say
 from pipeline.launch import scheduler
 from pipeline.launch.claim import Claim, forget_claim, live_claim, write_claim
 from pipeline.launch.lock import forget_tries
 from pipeline.launch.slurm import Slurm
 from pipeline.operate import print_submitted
-from pipeline.perform import want
+from pipeline.perform import want, wanted
 from pipeline.plan import Command, Task
 from pipeline.preflight import RESULT
 from pipeline.worker import FrozenTask, commit
@@ -83,6 +88,7 @@ def submit_frozen(
 
     Raises:
         ConfigError, LaunchError, ArtifactError: As `submit`.
+        Preempted: If a signal asked for a stop; nothing stays submitted.
     """
     cluster = cluster or read_cluster()
     refuse_live(root, planned.name)
@@ -94,18 +100,25 @@ def submit_frozen(
             check_disk(task, root)
     if planned.code == str(code_place(root)):
         keep_code(root)
-    submission = Submission(root, planned, cluster)
-    try:
-        for task, alone in zip(tasks, planned.tasks, strict=True):
-            submission.add(task, alone)
-    except BaseException:
-        submission.undo()
-        raise
-    record = submission.record()
-    if any(task.slurm for task in record.tasks) or not _is_recorded(root, record):
-        write_record(root, record, tasks)
+    with StopRequest().listening(*STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT) as stop:
+        submission = Submission(root, planned, tasks, cluster, stop)
+        stop.hand_on = say_stop
+        try:
+            submission.begin()
+            for task in tasks:
+                submission.add(task)
+            submission.check_stop()
+        except BaseException as error:
+            submission.undo(error)
+            raise
+        record = submission.end()
     print_submitted(root, record, tasks)
     return record
+
+
+def say_stop() -> None:
+    """Say that a signal was heard, though SLURM has to answer first; within a signal handler nothing may be printed."""
+    os.write(2, b"waits for the answer of SLURM, then takes back what was submitted\n")
 
 
 def _is_recorded(root: Path, record: JobRecord) -> bool:
@@ -118,82 +131,148 @@ def _is_recorded(root: Path, record: JobRecord) -> bool:
 
 
 class Submission:
-    """A job while its tasks are submitted, one after another in an order in which they can run."""
+    """A job while its tasks are submitted, one after another in an order in which they can run.
 
-    def __init__(self, root: Path, planned: JobRecord, cluster: Cluster) -> None:
-        self.root, self.planned, self.cluster = root, planned, cluster
-        self._records: dict[str, TaskRecord] = {}
-        self._submitted: list[str] = []  # ids
-        self._begun: list[Path] = []  # directories
+    Its record is there from the beginning, and names this process, so that other jobs see what this one waits for.
+    """
+
+    def __init__(
+        self, root: Path, planned: JobRecord, tasks: Sequence[FrozenTask], cluster: Cluster, stop: StopRequest
+    ) -> None:
+        self.root, self.tasks, self.cluster, self.stop = root, tasks, cluster, stop
+        self.planned = planned.model_copy(update={"host": None, "pid": None})
+        arrays = {task.name for task in tasks if task.stage.ranks == "units"}
+        self._records = {
+            record.name: record.model_copy(update={"is_array": record.name in arrays}) for record in planned.tasks
+        }
+        self._begun: list[Path] = []  # directories, of which this job has submitted or was about to submit a SLURM job
+        self._marked: list[Path] = []  # directories that have not had a mark of this job before
         self._preflights: dict[str, str] = {}  # id of the SLURM job that tries nodes, by what it asks for
+        self._places = [root / "jobs" / planned.name / name for name in (FROZEN, RECORD)]
+        self._recorded = _is_recorded(root, planned)
+        self._before = [path.read_bytes() if path.exists() else None for path in self._places]
 
-    def record(self) -> JobRecord:
-        """Return the record of what was submitted."""
-        return self.planned.model_copy(update={"tasks": list(self._records.values())})
+    def begin(self) -> None:
+        """Let others see that this job is being submitted."""
+        if any(not (Path(task.directory) / MANIFEST).exists() for task in self.tasks):
+            self._write({"host": socket.gethostname(), "pid": os.getpid()})
 
-    def add(self, task: FrozenTask, record: TaskRecord) -> None:
+    def end(self) -> JobRecord:
+        """Return the record of what was submitted, and leave it: where nothing was, that of an earlier time."""
+        if any(task.slurm for task in self._records.values()) or not self._recorded:
+            return self._write({})
+        self._restore()
+        return self.planned
+
+    def check_stop(self) -> None:
+        """Raise Preempted if a signal asked for a stop."""
+        if self.stop:
+            raise self.stop.error(f"{self.planned.name}: nothing was submitted")
+
+    def add(self, task: FrozenTask) -> None:
         """Submit a task, unless it is done or another job has submitted it."""
-        directory = Path(task.directory)
-        record = record.model_copy(update={"is_array": task.stage.ranks == "units"})
+        self.check_stop()
+        directory, record = Path(task.directory), self._records[task.name]
         if (directory / MANIFEST).exists():
             link(self.root, self.planned.name, task.name, directory)
-        else:
-            with deciding(directory):
-                claim = live_claim(directory)
-                record = self._submit(task, record) if claim is None else self._share(directory, record, claim)
-        self._records[task.name] = record
+            return
+        with deciding(directory) as lock:
+            if (self.planned.name, task.name) not in wanted(directory):
+                self._marked.append(directory)
+            claim = live_claim(directory)
+            record = self._submit(task, record, lock) if claim is None else self._share(directory, record, claim)
+            self._records[task.name] = record
+            self._write({"host": socket.gethostname(), "pid": os.getpid()})  # before anybody else may decide
+
+    def _write(self, submitter: dict[str, Any]) -> JobRecord:
+        record = self.planned.model_copy(update={"tasks": list(self._records.values()), **submitter})
+        write_record(self.root, record, self.tasks)
+        return record
+
+    def _restore(self) -> None:
+        """Leave the record as it was before."""
+        for path, content in zip(self._places, self._before, strict=True):
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                with atomic(path) as temporary:
+                    temporary.write_bytes(content)
 
     def _share(self, directory: Path, record: TaskRecord, claim: Claim) -> TaskRecord:
         """Let this job wait for what a SLURM job makes that was submitted already."""
         want(directory, self.planned.name, record.name)
+        write_claim(directory, claim.job, claim.slurm, claim.token)  # whose answer may have been lost
         if (directory / MANIFEST).exists():  # it has just ended, and has led to it whoever wanted it till then
             link(self.root, self.planned.name, record.name, directory)
         other = None if claim.job == self.planned.name else claim.job  # itself, before it was cancelled
         return record.model_copy(update={"slurm": claim.slurm, "shared_with": other})
 
-    def undo(self) -> None:
-        """Leave nothing submitted, and nothing claimed."""
-        try:
-            scheduler.cancel(self._submitted)
-        except LaunchError as error:
-            left = " ".join(self._submitted)
-            print(f"what was submitted could not be cancelled ({error}); later: scancel {left}", file=sys.stderr)
-            return
-        for directory in self._begun:
-            forget_claim(directory)
-            unwant(directory, self.planned.name)
+    def undo(self, error: BaseException) -> None:
+        """Leave nothing submitted and nothing claimed, but for what other jobs have begun to wait for.
 
-    def _submit(self, task: FrozenTask, record: TaskRecord) -> TaskRecord:
+        Raises:
+            LaunchError: If SLURM does not let it, with `error` and the way out; then the record stays.
+        """
+        kept = set()
+        try:
+            for directory in reversed(self._begun):
+                with deciding(directory):
+                    if not self._take_back(directory):
+                        kept.add(str(directory.absolute()))
+            needed = {record.preflight for record in self._records.values() if record.directory in kept}
+            scheduler.cancel(sorted({*self._preflights.values()} - needed))
+            for directory in self._marked:
+                unwant(directory, self.planned.name)
+        except LaunchError as problem:
+            raise LaunchError(
+                f"{error}; what was submitted before could not be cancelled ({problem}); later: "
+                f"{say(f'cancel {self.planned.name}', self.root)}"
+            ) from None
+        self._restore()
+
+    def _take_back(self, directory: Path) -> bool:
+        """Cancel what was submitted for a task; false if another job wants it by now."""
+        claim = live_claim(directory)
+        if claim is not None and claim.job == self.planned.name and claim.slurm is not None:
+            if who_else_wants(self.root, self.planned.name, directory, claim.slurm):
+                return False
+            scheduler.cancel([claim.slurm])
+        if claim is None or claim.job == self.planned.name:
+            forget_claim(directory)
+        return True
+
+    def _submit(self, task: FrozenTask, record: TaskRecord, lock: int) -> TaskRecord:
         directory = Path(task.directory)
         if not begin(task):  # somebody has just made it without SLURM
             link(self.root, self.planned.name, task.name, directory)
             return record
-        self._begun.append(directory)
         forget_tries(directory)
         (directory / "logs").mkdir(exist_ok=True)
         after = [other for name in record.needs if (other := self._records[name].slurm) is not None]
-        preflight = self._try_nodes(task) if needs_preflight(task) else None
+        preflight = self._try_nodes(task, lock) if needs_preflight(task) else None
         after += [preflight] if preflight else []
         assert isinstance(task.run, Slurm)
-        limit_s = self.cluster.limit_s(task.run)
-        slurm = self._sbatch(task, lambda token: task_words(self.planned, task, limit_s, after, token))
-        write_claim(directory, self.planned.name, slurm)
+        token, limit_s = _new_token(), self.cluster.limit_s(task.run)
+        self._begun.append(directory)
+        write_claim(directory, self.planned.name, None, token)
+        slurm = self._sbatch(task, task_words(self.planned, task, limit_s, after, token), token, lock)
+        write_claim(directory, self.planned.name, slurm, token)
         return record.model_copy(update={"slurm": slurm, "preflight": preflight})
 
-    def _try_nodes(self, task: FrozenTask) -> str:
+    def _try_nodes(self, task: FrozenTask, lock: int) -> str:
         """Return the SLURM job that tries the nodes of a task: one for all tasks that ask for the same."""
         assert isinstance(task.run, Slurm)
         (Path(task.directory) / WORK / RESULT).unlink(missing_ok=True)
-        limit_s = self.cluster.limit_s(task.run)
+        token, limit_s = _new_token(), self.cluster.limit_s(task.run)
         asked = preflight_asks(task)
         if asked not in self._preflights:
-            self._preflights[asked] = self._sbatch(
-                task, lambda token: preflight_words(self.planned, task, limit_s, token)
-            )
+            words = preflight_words(self.planned, task, limit_s, token)
+            self._preflights[asked] = self._sbatch(task, words, token, lock)
         return self._preflights[asked]
 
-    def _sbatch(self, task: FrozenTask, words: Callable[[str], list[str]]) -> str:
-        token = f"pipeline {uuid.uuid4().hex}"
-        slurm = scheduler.submit(words(token), environment(task, self.planned.code), token)
-        self._submitted.append(slurm)
-        return slurm
+    def _sbatch(self, task: FrozenTask, words: list[str], token: str, lock: int) -> str:
+        return scheduler.submit(words, environment(task, self.planned.code), token, [lock], self.check_stop)
+
+
+def _new_token() -> str:
+    return f"pipeline {uuid.uuid4().hex}"

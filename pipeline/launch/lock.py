@@ -28,6 +28,7 @@ ASK_S = 5.0  # before SLURM is asked again
 STALE_S = 60.0  # without a sign of life, after which an owner on another machine counts as gone
 SETTLE_S = 0.5  # in which two that sign at the same moment, without a lock of the kernel, see one another
 SIGNATURE_BYTES = 4096  # more than one has
+SIGNATURE = {"words": str, "host": str, "pid": int, "job": str | None, "since": int}
 TRIES = "tries.jsonl"  # in work/: what was done already when each try began
 
 
@@ -72,10 +73,12 @@ def locked(directory: Path, name: str = LOCK, patience_s: float = 0.0) -> Iterat
 def read_owner(directory: Path, name: str = LOCK) -> Mapping[str, Any] | None:
     """Return who signed a lock last and has not released it: "words", "host", "pid", "job"; null where nobody has."""
     try:
-        owner: Mapping[str, Any] = json.loads((directory / WORK / name).read_bytes())
+        owner = json.loads((directory / WORK / name).read_bytes())
     except (OSError, ValueError):
         return None
-    return owner if isinstance(owner, dict) and {"words", "host", "pid", "job"} <= owner.keys() else None
+    known = owner if isinstance(owner, dict) else {}
+    is_whole = all(isinstance(known.get(word, 0), kind) for word, kind in SIGNATURE.items())
+    return known if is_whole and {"words", "host", "pid", "job"} <= known.keys() else None
 
 
 def age_s(path: Path) -> float:
@@ -191,10 +194,10 @@ def idle_tries(directory: Path, share: str) -> int:
     path, done = directory / WORK / TRIES, _done(directory)
     rows = []
     with suppress(FileNotFoundError):
-        for line in path.read_text("utf-8").splitlines():
+        for line in path.read_text("utf-8", errors="replace").splitlines():
             with suppress(ValueError):  # of a line cut by a kill
                 rows.append(json.loads(line))
-    before = [row["done"] for row in rows if row["share"] == share]
+    before = [row.get("done") for row in rows if isinstance(row, dict) and row.get("share") == share]
     with open(path, "a", encoding="utf-8") as stream:
         stream.write(json.dumps({"share": share, "done": done, "where": place(), "time": round(time.time(), 3)}) + "\n")
     return next((count for count, other in enumerate(reversed(before)) if other != done), len(before))

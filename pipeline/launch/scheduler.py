@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from tempfile import TemporaryFile
 
@@ -22,6 +23,7 @@ QUEUE_IS_FULL = re.compile("temporarily unable to accept|Resource temporarily un
 NOT_NOW = re.compile(
     "the queue is full|Required node not available|nodes .*(busy|drained|down)|submit limit|Job violates", re.IGNORECASE
 )
+ANSWER = re.compile(r"(\d+)(;\S+)?")  # of sbatch: "12;cluster" where there are several
 BLAMED = {  # what sbatch says of a setting that it does not like
     "partition": "partition specified|partition name|partition not available|group not permitted to use this partition",
     "account": "Invalid account",
@@ -98,18 +100,20 @@ def command(
     environment: Mapping[str, str] | None = None,
     before_retry: Callable[[], str | None] = lambda: None,
     pauses_s: Sequence[float] = PATIENCE_S,
+    locks: Sequence[int] = (),
 ) -> str:
     """Run one of SLURM's commands and return what it prints; one that fails for the moment is run again, and says so.
 
     Args:
         before_retry: Called before each further try; what it returns, unless null, is the result.
         pauses_s: Before each further try.
+        locks: Descriptors of locks that are held until the command has ended, whatever becomes of this process.
 
     Raises:
         LaunchError: If there is no such command, or it fails, with what it says.
     """
     for number, pause_s in enumerate((*pauses_s, None), 1):
-        status, printed, problem = _run(words, environment)
+        status, printed, problem = _run(words, environment, locks)
         if status == 0:
             return printed
         if QUEUE_IS_FULL.search(problem):  # which sbatch itself has waited for, two minutes long
@@ -124,10 +128,11 @@ def command(
     raise AssertionError("the last try returns or raises")
 
 
-def _run(words: Sequence[str], environment: Mapping[str, str] | None) -> tuple[int, str, str]:
+def _run(words: Sequence[str], environment: Mapping[str, str] | None, locks: Sequence[int]) -> tuple[int, str, str]:
     """Run a command; return its exit status, what it prints, and in one line what it complains of.
 
-    That it waits for the queue, which sbatch does for minutes, is said at once.
+    That it waits for the queue, which sbatch does for minutes, is said at once. Ctrl-C does not reach it: the answer of
+    an sbatch that was cut off would be lost.
     """
     said = []
     try:
@@ -139,6 +144,8 @@ def _run(words: Sequence[str], environment: Mapping[str, str] | None) -> tuple[i
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=subprocess.PIPE,
+                start_new_session=True,
+                pass_fds=locks,
                 text=True,
                 errors="replace",
             ) as process,
@@ -162,23 +169,45 @@ def _run(words: Sequence[str], environment: Mapping[str, str] | None) -> tuple[i
     return status, text, problem
 
 
-def submit(words: Sequence[str], environment: Mapping[str, str], token: str) -> str:
+def submit(
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    token: str,
+    locks: Sequence[int] = (),
+    check: Callable[[], None] = lambda: None,
+) -> str:
     """Submit a job and return its id.
 
     Args:
         words: The command, of sbatch.
         token: The job's comment, that no other job has: a try whose answer was lost is not made twice.
+        locks: As of `command`.
+        check: Called before each further try; raises where there is to be none.
 
     Raises:
-        LaunchError: If SLURM does not take it.
+        LaunchError: If SLURM does not take it, or it cannot be told which job it is; then, as after what `check`
+            raises, none is left.
     """
 
-    def find() -> str | None:
-        ids = {line.partition("|")[0] for line in _squeue("%F|%k") if line.partition("|")[2] == token}
-        return ids.pop() if ids else None
+    def before_retry() -> str | None:
+        check()
+        return find(token)
 
-    printed = command(*words, environment=environment, before_retry=find)
-    return printed.strip().partition(";")[0]  # "12;cluster" where there are several
+    try:
+        printed = command(*words, environment=environment, before_retry=before_retry, locks=locks)
+        if (answer := ANSWER.fullmatch((printed.strip().splitlines() or [""])[-1].strip())) is None:
+            raise LaunchError(f"{words[0]}: wanted the id of a job, and it printed '{' '.join(printed.split())}'")
+    except BaseException:
+        with suppress(LaunchError):  # else whoever asks for the token later finds it
+            cancel([job for job in [find(token, ())] if job])
+        raise
+    return answer[1]
+
+
+def find(token: str, pauses_s: Sequence[float] = PATIENCE_S) -> str | None:
+    """Return the id of this user's job that has this comment, if SLURM has not forgotten it; null if there is none."""
+    rows = (line.partition("|") for line in _squeue("%F|%k", pauses_s=pauses_s))
+    return next((job for job, _, comment in rows if comment == token), None)
 
 
 def refusal(words: Sequence[str]) -> tuple[str, str] | None:
@@ -250,7 +279,10 @@ def _look_back(ids: Iterable[str], pauses_s: Sequence[float]) -> dict[str, Seen]
     except LaunchError:
         return {}
     rows = (line.split("|") for line in printed.splitlines())
-    return {job: Seen(job, state.split(" ")[0], "", nodes, elapsed) for job, state, nodes, elapsed in rows}
+    return {
+        job: Seen(job, state.split(" ")[0], "", nodes.replace("None assigned", ""), elapsed)
+        for job, state, nodes, elapsed in rows
+    }
 
 
 def cancel(ids: Sequence[str]) -> None:

@@ -152,3 +152,39 @@ def test_a_directory_that_is_gone_or_damaged_is_no_error(tmp_path):
     write(tmp_path / "metrics.jsonl", "\0\0\n[1]\n{}")
     found = read(tmp_path)
     assert (found.is_done, found.claim, found.pace.done) == (False, None, None)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "5", '"x"', "[1]", "{}", "true", "\\xff"])
+def test_json_of_another_type_counts_as_not_there(tmp_path, text):
+    for name in ("task.json", "result.json", "claim.json", "lock", "tries.jsonl", "attempt"):
+        write(tmp_path / f"work/{name}", text.encode().decode("unicode_escape"))
+    write(tmp_path / "metrics.jsonl", f"{text}\n")
+    found = read(tmp_path)
+    assert (found.is_done, found.claim, found.pace.done) == (False, None, None)
+    assert (found.marks[""].status, found.marks[""].owner, found.marks[""].tries) == (None, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("claim.json", {"slurm": 5, "job": "x"}),
+        ("claim.json", {"slurm": "x", "job": "x"}),
+        ("result.json", {"status": "4", "problems": [], "time": ""}),
+        ("result.json", {"status": 4, "problems": [5], "time": ""}),
+        ("lock", {"words": "x", "host": os.uname().nodename, "pid": "x", "job": None}),
+        ("lock", {"words": "x", "host": os.uname().nodename, "pid": 1, "job": None, "since": "x"}),
+    ],
+)
+def test_fields_of_another_type_count_as_not_there(tmp_path, name, data):
+    write(tmp_path / f"work/{name}", data)
+    found = read(tmp_path)
+    assert (found.claim, found.marks[""].status, found.marks[""].owner) == (None, None, None)
+
+
+def test_rows_of_steps_without_numbers_are_left_out(tmp_path):
+    write(tmp_path / "work/task.json", {"stage": [1]})
+    rows = [{"step": 4, "time": 2.0, "loss": 0.5}, {"step": "a", "time": 1}, {"step": 5, "time": None}]
+    rows.append({"step": 6, "time": 3.0, "loss": "x"})
+    write(tmp_path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    pace = read(tmp_path).pace
+    assert (pace.done, pace.total, pace.loss) == (6, None, 0.5)

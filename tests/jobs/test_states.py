@@ -1,12 +1,14 @@
 """The state of a task follows from what its directory says and what SLURM says, each made up here."""
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.jobs.evidence import Evidence, Marks, Pace
 from pipeline.jobs.look import look
 from pipeline.jobs.record import JobRecord, TaskRecord
 from pipeline.jobs.states import JobStatus, judge
-from pipeline.jobs.status import describe
+from pipeline.jobs.status import _Found, _page, _text, describe
 from pipeline.launch.scheduler import Seen
 
 NOTHING = Evidence(marks={"": Marks()})
@@ -103,8 +105,10 @@ def test_where_slurm_does_not_answer_the_files_are_shown():
 
 
 def test_a_cancelled_task_is_cancelled_though_its_result_says_stopped():
-    found = one(marks(status=75, problem="state saved", began=True, tries=1), Seen("7", "CANCELLED", "None"))
-    assert (found.state, found.exit_status, found.error) == ("cancelled", 75, "state saved")
+    found = one(marks(status=75, problem="step 5, state saved", began=True, tries=1), Seen("7", "CANCELLED", "None"))
+    assert (found.state, found.exit_status, found.error) == ("cancelled", 75, "step 5, state saved")
+    unsaved = one(marks(status=75, problem="will be done again", began=True), Seen("7", "CANCELLED", "None"))
+    assert (unsaved.state, unsaved.error) == ("cancelled", "")
 
 
 def chain(first, *seen):
@@ -125,16 +129,39 @@ def chain(first, *seen):
 def test_dependents_of_a_failed_task_say_which_and_why(after):
     failed = marks(status=3, problem="the disk is full", began=True, tries=1)
     a, b, c = found = chain(failed, Seen("7", "FAILED"), *after)
-    assert [one.state for one in found] == ["failed", "never started", "never started"]
+    assert [one.state for one in found] == ["failed", "cancelled", "cancelled"]
     assert b.error == c.error == "waited for a, which failed: the disk is full"
     assert a.error == "the disk is full"
     assert JobStatus(record(), found).exit_status == 3
 
 
-def test_dependents_that_were_cancelled_with_the_job_are_cancelled():
-    found = chain(marks(status=75, problem="saved", began=True), *(Seen(i, "CANCELLED", "Dependency") for i in "789"))
+@pytest.mark.parametrize("reason", ["Dependency", "DependencyNeverSatisfied", ""])
+def test_dependents_of_a_cancelled_task_are_cancelled_however_that_came(reason):
+    stopped = marks(status=75, problem="saved", began=True)
+    a, b, c = found = chain(stopped, Seen("7", "CANCELLED"), *(Seen(id, "CANCELLED", reason) for id in "89"))
     assert [one.state for one in found] == ["cancelled"] * 3
+    assert a.error == ""
+    assert b.error == c.error == "waited for a, which was cancelled"
     assert JobStatus(record(), found).exit_status == 75
+
+
+def test_the_table_shows_a_reason_once_and_json_everywhere():
+    failed = marks(status=3, problem="the disk is full", began=True)
+    job = JobStatus(record(), chain(failed, Seen("7", "FAILED"), *(Seen(id, "CANCELLED") for id in "89")))
+    table = _text(_page(_Found([job]), "job", Path("artifacts")))
+    assert table.count("the disk is full") == 1
+    assert table.count("waited for a, which failed") == 2
+    assert [one["error"].count("the disk is full") for one in job.plain()["tasks"]] == [1, 1, 1]
+    assert "logs job.a" not in table  # its directory is gone
+
+
+def test_dependents_of_a_task_whose_nodes_failed_never_started():
+    tasks = (task("a", "7", preflight="6"), task("b", "8", ["a"]))
+    seen = {id: Seen(id, "CANCELLED", "DependencyNeverSatisfied") for id in "78"}
+    found = judge(record(*tasks), {"a": NOTHING, "b": NOTHING}, seen)
+    assert [one.state for one in found] == ["never started"] * 2
+    assert found[1].error == "waited for a, which never started"
+    assert JobStatus(record(), found).exit_status == 4
 
 
 def test_a_preflight_that_failed_is_named():
@@ -170,6 +197,19 @@ def test_an_array_of_which_some_elements_run_is_running_and_tells_already_what_f
     assert (found.state, found.error) == ("running", "element 0: why")
     waiting = array(Marks(), Marks(), seen=[Seen("7_0", "PENDING", "Priority"), Seen("7_1", "PENDING", "Priority")])
     assert describe(waiting) == "2/2 waiting (Priority)"
+
+
+def test_an_element_that_was_cancelled_before_it_could_begin_is_cancelled():
+    ended = Marks(has_ended=True, status=0, began=True)
+    found = array(ended, Marks(), ended, seen=[Seen("7_0", "COMPLETED"), Seen("7_2", "COMPLETED")])
+    assert (found.state, found.elements, found.exit_status) == ("cancelled", {"done": 2, "cancelled": 1}, 75)
+    assert found.error == ""
+
+
+def test_an_array_that_was_cancelled_has_no_error():
+    stopped = Marks(status=75, problem="what was done will be done again", began=True)
+    found = array(stopped, stopped, seen=[Seen("7_0", "CANCELLED", "None"), Seen("7_1", "CANCELLED", "None")])
+    assert (found.state, found.error) == ("cancelled", "")
 
 
 def test_an_array_that_is_being_published_runs():

@@ -6,7 +6,10 @@ import pytest
 from support import run_command
 
 from pipeline.errors import ArtifactError, ConfigError
+from pipeline.jobs.cancel import cancel
 from pipeline.jobs.logs import Reader
+from pipeline.jobs.retry import retry
+from pipeline.jobs.status import status
 from pipeline.jobs.words import find, parse
 
 COMMANDS = ("status", "wait", "logs", "cancel", "retry")
@@ -92,6 +95,36 @@ def test_a_job_that_never_ran_is_shown_as_such(root):
     refused = run_command("logs", "night.clean", "--rank=2", f"root={root}", status=2).stderr
     assert "night.clean has 2 ranks, from 0 on" in refused
     assert "start the job again" in run_command("retry", "night", f"root={root}", status=3).stderr
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"format": 1}', '{"format": 2}', "\0"])
+def test_a_damaged_record_is_shown_beside_the_other_jobs(root, text, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    (root / "jobs/broken").mkdir()
+    (root / "jobs/broken/job.json").write_text(text)
+    assert status([f"root={root}"]) == 3
+    printed = capsys.readouterr()
+    assert [line.split()[:2] for line in printed.out.splitlines()[1:]] == [["night", "never"], ["broken", "damaged"]]
+    assert f"error: {root}/jobs/broken/job.json: damaged (" in printed.err
+    assert "delete or move the file" in printed.err
+    assert ("another version of the pipeline wrote it" in printed.err) == ("2" in text)
+    assert status([f"root={root}", "--json"]) == 3
+    night, broken = json.loads(capsys.readouterr().out)
+    assert (night["job"], broken["job"], broken["state"], broken["exit_status"]) == ("night", "broken", "damaged", 3)
+    assert night.keys() == broken.keys()
+    for command in (status, cancel, retry):
+        with pytest.raises(ArtifactError, match="damaged"):
+            command(["broken", f"root={root}"])
+    (root / "jobs/night/job.json").unlink()
+    assert status([f"root={root}"]) == 3
+    assert "no job was started here" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"tasks": null}', '{"tasks": []}', '{"tasks": [5]}', "{"])
+def test_a_retry_of_tasks_that_cannot_be_read_is_refused(root, text):
+    (root / "jobs/night/tasks.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"tasks.json: .*start the job again$"):
+        retry(["night", f"root={root}"])
 
 
 def test_only_the_last_lines_are_read(tmp_path, capfdbinary):

@@ -166,7 +166,7 @@ def test_without_locks_of_the_kernel_of_two_at_the_same_moment_one_has_it(tmp_pa
 
 
 def test_a_damaged_signature_holds_nobody_up(tmp_path):
-    for text in ('{"words": "process', "[1]", "7"):
+    for text in ('{"words": "process', "[1]", "7", json.dumps({**ELSEWHERE, "pid": "x"})):
         sign(tmp_path, ELSEWHERE, 0).write_text(text)
         assert take(tmp_path)["pid"] == os.getpid()
 
@@ -197,7 +197,7 @@ def test_tries_without_progress_are_counted(tmp_path):
     (tmp_path / "work/units/a.json").touch()
     assert [idle_tries(tmp_path, "") for _ in range(2)] == [0, 1]
     with (tmp_path / "work/tries.jsonl").open("a") as stream:
-        stream.write('{"share": "", "do')
+        stream.write('5\n[1]\n{"share": ""}\n{"share": "", "do')
     assert idle_tries(tmp_path, "-00003") == 0
     forget_tries(tmp_path)
     assert idle_tries(tmp_path, "") == 0

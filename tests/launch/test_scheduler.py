@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.errors import LaunchError
 from pipeline.launch import scheduler
-from pipeline.launch.scheduler import FOR_THE_MOMENT, NOT_NOW, QUEUE_IS_FULL, NoSlurm, blamed_setting
+from pipeline.launch.scheduler import ANSWER, FOR_THE_MOMENT, NOT_NOW, QUEUE_IS_FULL, NoSlurm, blamed_setting
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,14 @@ def test_a_full_queue_is_not_asked_again(text):
 )
 def test_what_is_only_so_now_is_no_refusal(text):
     assert NOT_NOW.search(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "id"), [("12", "12"), ("12;main", "12"), ("Submitted batch job 12", None), ("12 13", None), ("", None)]
+)
+def test_the_id_of_a_job_is_told_from_what_else_sbatch_may_print(line, id):
+    found = ANSWER.fullmatch(line)
+    assert (found and found[1]) == id
 
 
 def test_a_machine_without_slurm_is_told_where_there_is_one(monkeypatch, tmp_path):

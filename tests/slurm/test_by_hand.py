@@ -1,5 +1,6 @@
 """`sbatch slurm/stage.sbatch …` by hand: a stage or a whole job in one allocation, and the exit status for SLURM."""
 
+import shlex
 import sys
 
 import pytest
@@ -54,3 +55,41 @@ def test_the_exit_status_reaches_slurm(by_hand, words, status, said):
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", f"{status}:0"), log
     assert said in log
     assert "Traceback" not in log
+
+
+@pytest.fixture
+def setup(cluster, monkeypatch):
+    """Sets the lines of `run.setup`."""
+    return lambda *lines: monkeypatch.setitem(cluster.env, "PIPELINE_SETUP", "\n".join(lines))
+
+
+def test_lines_of_setup_run_in_one_shell_that_keeps_what_the_script_needs(by_hand, setup, tmp_path):
+    said = tmp_path / "said"
+    setup(
+        "cat",  # swallows no line after it
+        "export WORD=a; read -r line; job=1 child=1 asked=TERM python=nothing line=2",
+        "fail() { :; }; again() { :; }; set -eu; set -- job=none; IFS==",
+        f"echo $WORD $line > {shlex.quote(str(said))}",
+    )
+    job, log = by_hand([], "stage=tokenise")
+    assert job["ExitCode"] == "2:0", log
+    assert "did you mean 'tokenize'?" in log
+    assert said.read_text() == "a 2\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("exit 0", "ended the script"),
+        ("exit 5", "ended the script"),
+        ("false", "exited with status 1"),
+        ("if true; then", "exited with status 2"),
+    ],
+)
+def test_a_setup_that_fails_or_ends_the_script_is_no_success(by_hand, setup, line, said):
+    setup("true", line, "echo not said")
+    job, log = by_hand([], "stage=tokenise")
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "4:0"), log
+    assert f"run.setup: '{line}' {said}" in log
+    assert "not said" not in log
+    assert "tokenize" not in log

@@ -1,5 +1,6 @@
 """What a person does with a job that runs: status, wait, logs, cancel, retry, on a real SLURM."""
 
+import itertools
 import json
 import os
 import shutil
@@ -128,9 +129,11 @@ def test_wait_ends_with_the_status_of_what_failed_and_dependents_say_why(cluster
     found, tasks = status_of(cluster, root)
     assert (found["state"], found["exit_status"]) == ("failed", 2)
     assert tasks["pretrain"]["error"].startswith(why)
-    assert tasks["export"]["state"] == "never started"
+    assert tasks["export"]["state"] == "cancelled"
     assert tasks["export"]["error"].startswith(f"waited for pretrain, which failed: {why}")
     table = run_command("status", "tiny", f"root={root}", **cluster.env).stdout
+    assert table.count(why) == 1
+    assert "waited for pretrain, which failed\n" in table
     assert "logs tiny.pretrain" in table
     assert "retry tiny" in table
     log = run_command("logs", "tiny.pretrain", f"root={root}", **cluster.env)
@@ -142,3 +145,38 @@ def test_wait_ends_with_the_status_of_what_failed_and_dependents_say_why(cluster
     run_command("cancel", "tiny.export", f"root={root}", **cluster.env)
     assert status_of(cluster, root)[1]["export"]["state"] == "cancelled"
     run_command("wait", "tiny", f"root={root}", status=2, **cluster.env)
+
+
+def test_what_never_began_is_cancelled_and_is_so_whatever_is_in_files_beside_it(cluster, new_root):
+    root = new_root("root")
+    run_pipeline(*TRAINING, "run.flags=[--hold]", f"root={root}", **cluster.env)
+    (directory,) = root.glob("model/pretrain-*")
+    for text, name in itertools.product(("[]", "5", '{"slurm": 5, "job": "x"}'), ("claim", "result")):
+        (directory / f"work/{name}.json").write_text(text)
+        _, tasks = status_of(cluster, root)
+        assert [tasks[name]["state"] for name in ("pretrain", "export")] == ["waiting", "waiting"]
+    run_command("cancel", "tiny", f"root={root}", **cluster.env)
+    _, tasks = status_of(cluster, root)
+    by_command = [(tasks[name]["state"], tasks[name]["error"]) for name in ("pretrain", "export")]
+    assert by_command == [("cancelled", ""), ("cancelled", "waited for pretrain, which was cancelled")]
+    assert cluster.job(tasks["pretrain"]["job_id"])["JobState"] == "CANCELLED"
+
+    run_command("retry", "tiny", f"root={root}", **cluster.env)
+    _, tasks = status_of(cluster, root)
+    cluster.scancel(tasks["pretrain"]["job_id"])
+    cluster.wait_for(tasks["export"]["job_id"], "CANCELLED")
+    _, tasks = status_of(cluster, root)
+    assert [(tasks[name]["state"], tasks[name]["error"]) for name in ("pretrain", "export")] == by_command
+
+
+def test_an_element_that_was_cancelled_while_held_is_cancelled(cluster, new_root):
+    root = new_root("root")
+    shutil.rmtree(next(root.glob("tokens/tokenize-*")))
+    run_pipeline(*TRAINING, "run.flags=[--hold]", f"root={root}", **cluster.env)
+    _, tasks = status_of(cluster, root)
+    cluster.scancel(f"{tasks['tokenize']['job_id']}_1")
+    _, tasks = status_of(cluster, root)
+    assert tasks["tokenize"]["elements"] == {"waiting": 1, "cancelled": 1}
+    cluster.scancel(tasks["tokenize"]["job_id"])
+    _, tasks = status_of(cluster, root)
+    assert (tasks["tokenize"]["state"], tasks["tokenize"]["error"]) == ("cancelled", "")

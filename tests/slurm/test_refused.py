@@ -30,6 +30,11 @@ HUGE = "10000G"
             ["run.tasks={tokenise: {nodes: 1}}"],
             r"run\.tasks\.tokenise: the job has no such task; did you mean 'tokenize'",
         ),
+        (["run.flags=['--array=0-3']"], r"run\.flags: '--array=0-3' cannot be asked for here: run\.array .* \(shard,"),
+        (["run.flags=['-d singleton']"], r"run\.flags: '-d singleton' cannot .*: a task waits for those whose output"),
+        (["run.data.flags=['--sig=USR1@60']"], r"run\.data\.flags: '--sig=USR1@60' cannot .*: run\.notice_s"),
+        (["run.flags=[-HW]"], r"run\.flags: '-HW' cannot .*: a submission needs what sbatch prints"),
+        (["root='/tmp/a\\b'"], r"root: wanted a path that sbatch can write logs to, .* found '/tmp/a"),
         (["root=/proc/version/here"], r"root: wanted a directory, but /proc/version is a file"),
     ],
 )
@@ -39,6 +44,19 @@ def test_what_slurm_would_refuse_is_said_before_anything_is_submitted(cluster, t
     assert re.search(message, done.stderr), done.stderr
     assert not (tmp_path / "root").exists()
     assert not cluster.run("squeue", "--noheader").stdout
+
+
+def test_flags_that_are_the_pipelines_own_are_refused_together_and_the_others_are_not(cluster, tmp_path):
+    own = ["--output=x", "-ex", "--comment=x", "--export=NONE", "--parsable", "--wait", "--test-only", "-Q", "-V", "-h"]
+    own += ["--usage", "--wrap=true", "-J", "--chdir=/", "-N2", "--ntasks-per-node=2", "-n3", "--open-mode=truncate"]
+    own += ["--kill-on-invalid-dep=no", "--signal=TERM@9", "--dependency=singleton", "--error=x", "--help", "--version"]
+    allowed = ["--no-requeue", "--hold", "--exclusive", "--mail-type=END", "--nice=3", "-C", "''"]
+    words = ["job=tiny", "run=slurm", f"root={tmp_path / 'root'}", "~tasks.report", "--plan"]
+    conf = {"SLURM_CONF": cluster.env["SLURM_CONF"]}
+    said = run_pipeline(*words, f"run.flags={own + allowed}", status=2, **conf).stderr
+    refused = re.findall(r"run\.flags: '(.*?)' cannot be asked for here: \w+", said)
+    assert sorted(refused) == sorted(own)
+    run_pipeline(*words, f"run.flags={allowed[:-2]}", **conf)
 
 
 def test_several_mistakes_are_reported_together(cluster, tmp_path):
