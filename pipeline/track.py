@@ -8,7 +8,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -189,13 +189,13 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError):
             row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int) and _are_numbers(row.values()):
+            if (
+                isinstance(row, dict)
+                and isinstance(row.get("step"), int)
+                and isinstance(row.get("time", 0), int | float)
+            ):
                 rows.append(row)
     return rows
-
-
-def _are_numbers(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, int | float) for value in values)
 
 
 def upload(
