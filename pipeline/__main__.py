@@ -91,10 +91,12 @@ COMMANDS = {
     "cancel": Other("JOB[.TASK]", "end what waits or runs of a job; what is done or saved stays", _cancel),
     "retry": Other("JOB", "start again what of a job did not end well, exactly as it was", _retry),
     "verify": Other("PATH|URL|JOB.TASK ...", "read artifacts in full: is every file what it was?", _verify),
-    "preflight": Other("DIR", "try the nodes of this SLURM job for a submitted training", _preflight),
-    "task": Other("DIR", "run a submitted task in this SLURM job, as slurm/stage.sbatch does", _task),
     "sync": Other("[JOB|JOB.TASK|DIR ...] [--all]", "bring the numbers of trainings to W&B, from a login node", _sync),
     "trace": Other("run=PATH|JOB.TASK step=N|doc=ID", "which documents a step of a pretraining saw, and back", _trace),
+    "preflight": Other(
+        "DIR", "(slurm/stage.sbatch) try the nodes of this SLURM job for a submitted training", _preflight
+    ),
+    "task": Other("DIR", "(slurm/stage.sbatch) run a submitted task in this SLURM job", _task),
 }
 
 
@@ -166,7 +168,8 @@ def _details(name: str) -> list[str]:
 
 
 def _usage(name: str) -> str:
-    return f"python -m pipeline {name} {COMMANDS[name].words} [root=DIR]   {COMMANDS[name].about}"
+    root = "" if COMMANDS[name].words == "DIR" else " [root=DIR]"  # a directory says where it is
+    return f"python -m pipeline {name} {COMMANDS[name].words}{root}   {COMMANDS[name].about}"
 
 
 def act(data: dict[str, Any], job: str | None) -> int:
