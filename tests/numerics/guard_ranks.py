@@ -20,6 +20,7 @@ import torch
 from forking import start_ranks, wait_for_ranks
 
 from pipeline import worker
+from pipeline.env import STOP_SIGNALS, StopRequest
 from pipeline.training import feed, loop
 from pipeline.training.step import Batch, Step
 
@@ -61,7 +62,8 @@ def run_rank(task: Path, told: dict[str, list[int]], calls: int | None, rank: in
     """Be one rank of a task."""
     poison(told, calls, task.parent / f"fed-{rank}.jsonl")
     sys.argv = ["rank.py", str(task)]
-    worker.main()
+    with StopRequest().listening(*STOP_SIGNALS) as stop:
+        worker.main(stop)
 
 
 def main() -> None:
