@@ -112,8 +112,9 @@ class Writing:
             if self._rank == 0:
                 self._completed(self._complete())
         except BaseException as error:
-            self.error = self._in_our_words(error)
-            self._leave_failure(self.error)
+            reason = self._in_our_words(error)
+            self._leave_failure(reason)
+            self.error = reason  # only now: as soon as it is set all ranks look for what was left
 
     def _copy(self) -> None:
         try:
