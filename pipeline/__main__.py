@@ -21,22 +21,14 @@ class Other(NamedTuple):
     run: Callable[[Sequence[str]], int]
 
 
-def _verify(arguments: Sequence[str]) -> int:
-    from pipeline.verify import verify
+def _of(module: str) -> Callable[[Sequence[str]], int]:
+    """Return the function of a module that has its name, imported when it is called: start-up loads no other one."""
 
-    return verify(arguments)
+    def run(arguments: Sequence[str]) -> int:
+        status: int = getattr(import_module(f"pipeline.{module}"), module.rpartition(".")[2])(arguments)
+        return status
 
-
-def _trace(arguments: Sequence[str]) -> int:
-    from pipeline.trace import trace
-
-    return trace(arguments)
-
-
-def _preflight(arguments: Sequence[str]) -> int:
-    from pipeline.preflight import preflight
-
-    return preflight(arguments)
+    return run
 
 
 def _task(arguments: Sequence[str]) -> int:
@@ -48,53 +40,21 @@ def _task(arguments: Sequence[str]) -> int:
         return run_task(arguments, stop)
 
 
-def _sync(arguments: Sequence[str]) -> int:
-    from pipeline.sync import sync
-
-    return sync(arguments)
-
-
-def _status(arguments: Sequence[str]) -> int:
-    from pipeline.jobs.status import status
-
-    return status(arguments)
-
-
-def _wait(arguments: Sequence[str]) -> int:
-    from pipeline.jobs.wait import wait
-
-    return wait(arguments)
-
-
-def _logs(arguments: Sequence[str]) -> int:
-    from pipeline.jobs.logs import logs
-
-    return logs(arguments)
-
-
-def _cancel(arguments: Sequence[str]) -> int:
-    from pipeline.jobs.cancel import cancel
-
-    return cancel(arguments)
-
-
-def _retry(arguments: Sequence[str]) -> int:
-    from pipeline.jobs.retry import retry
-
-    return retry(arguments)
-
-
 COMMANDS = {
-    "status": Other("[JOB] [--watch] [--json]", "how far jobs are, or the tasks of one", _status),
-    "wait": Other("JOB", "return when a job is over, with its exit status", _wait),
-    "logs": Other("JOB.TASK [--rank N] [--follow] [--lines N]", "what a rank of a task has printed", _logs),
-    "cancel": Other("JOB[.TASK]", "end what waits or runs of a job; what is done or saved stays", _cancel),
-    "retry": Other("JOB", "start again what of a job did not end well, exactly as it was", _retry),
-    "verify": Other("PATH|URL|JOB.TASK ...", "read artifacts in full: is every file what it was?", _verify),
-    "sync": Other("[JOB|JOB.TASK|DIR ...] [--all]", "bring the numbers of trainings to W&B, from a login node", _sync),
-    "trace": Other("run=PATH|JOB.TASK step=N|doc=ID", "which documents a step of a pretraining saw, and back", _trace),
+    "status": Other("[JOB] [--watch] [--json]", "how far jobs are, or the tasks of one", _of("jobs.status")),
+    "wait": Other("JOB", "return when a job is over, with its exit status", _of("jobs.wait")),
+    "logs": Other("JOB.TASK [--rank N] [--follow] [--lines N]", "what a rank of a task has printed", _of("jobs.logs")),
+    "cancel": Other("JOB[.TASK]", "end what waits or runs of a job; what is done or saved stays", _of("jobs.cancel")),
+    "retry": Other("JOB", "start again what of a job did not end well, exactly as it was", _of("jobs.retry")),
+    "verify": Other("PATH|URL|JOB.TASK ...", "read artifacts in full: is every file what it was?", _of("verify")),
+    "sync": Other(
+        "[JOB|JOB.TASK|DIR ...] [--all]", "bring the numbers of trainings to W&B, from a login node", _of("sync")
+    ),
+    "trace": Other(
+        "run=PATH|JOB.TASK step=N|doc=ID", "which documents a step of a pretraining saw, and back", _of("trace")
+    ),
     "preflight": Other(
-        "DIR", "(slurm/stage.sbatch) try the nodes of this SLURM job for a submitted training", _preflight
+        "DIR", "(slurm/stage.sbatch) try the nodes of this SLURM job for a submitted training", _of("preflight")
     ),
     "task": Other("DIR", "(slurm/stage.sbatch) run a submitted task in this SLURM job", _task),
 }

@@ -12,9 +12,8 @@ from pipeline.env import STOP_SIGNALS, Share, StopRequest
 from pipeline.errors import ArtifactError, LaunchError
 from pipeline.jobs.evidence import launcher_runs
 from pipeline.jobs.record import TaskRecord, new_record, read_record, write_record
-from pipeline.jobs.refusals import refuse_elements, refuse_live
+from pipeline.jobs.refusals import refuse_elements, refuse_live, under_way
 from pipeline.jobs.sharing import deciding
-from pipeline.jobs.words import say
 from pipeline.launch import AnyRun
 from pipeline.launch.claim import live_claim
 from pipeline.launch.lock import locked
@@ -62,10 +61,7 @@ def refuse_running(root: Path, job: str) -> None:
     except ArtifactError:
         return
     if launcher_runs(record) and record.pid != os.getpid():  # a sweep runs several jobs of one name
-        raise LaunchError(
-            f"{job}: a job of this name is under way (process {record.pid} on {record.host}); wait for it "
-            f"({say(f'wait {job}', root)}), or end it ({say(f'cancel {job}', root)})"
-        )
+        raise under_way(root, job, f"process {record.pid} on {record.host}")
     if record.launcher == "slurm":
         with suppress(NoSlurm):  # brought here from a cluster
             refuse_live(root, job)

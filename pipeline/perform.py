@@ -53,12 +53,12 @@ def perform(task: FrozenTask, share: Share, stop: StopRequest, anew: bool = True
                 _run_ranks(task, share, own, lock, stop)
                 leave_result(directory, own, None)
                 if share.is_all:
-                    _publish(task, own)
+                    _publish(task)
         if not share.is_all:
             with locked(directory, PUBLISHED_LOCK, patience_s):
                 if not (directory / MANIFEST).exists() and _have_ended(directory, share.world):
                     _check_world(directory, share)
-                    _publish(task, own)
+                    _publish(task)
     except Replaced:
         raise
     except PipelineError as error:
@@ -139,22 +139,26 @@ def check_sources(task: FrozenTask, undo: bool = False) -> None:
     Raises:
         ArtifactError: If they changed.
     """
-    for name, identity in identify_sources(task.stage).items():
-        if identity != task.sources[name]:
-            for unfinished in (WORK + "/units", CHECKPOINTS) if undo else ():
-                shutil.rmtree(Path(task.directory) / unfinished, ignore_errors=True)
-            raise ArtifactError(f"{task.where}.{name}: its files changed while the job ran; run it again")
+    for name in changed_sources(task):
+        for unfinished in (WORK + "/units", CHECKPOINTS) if undo else ():
+            shutil.rmtree(Path(task.directory) / unfinished, ignore_errors=True)
+        raise ArtifactError(f"{name}: its files changed while the job ran; run it again")
+
+
+def changed_sources(task: FrozenTask) -> list[str]:
+    """Return the settings, by their dotted paths, whose raw files are no longer those of the plan."""
+    found = identify_sources(task.stage)
+    return [f"{task.where}.{name}" for name, identity in found.items() if identity != task.sources[name]]
 
 
 def _have_ended(directory: Path, world: int) -> bool:
     return all((directory / WORK / "ranks" / f"{rank:05d}.json").exists() for rank in range(world))
 
 
-def _publish(task: FrozenTask, own: str) -> None:
+def _publish(task: FrozenTask) -> None:
     directory = Path(task.directory)
     began = min(path.stat().st_mtime for path in (directory / WORK).glob(f"{ATTEMPT_FILE}*") if path.suffix != ".tmp")
     publish(task, time.time() - began, task.run.ranks)
-    leave_result(directory, own, None)
 
 
 def leave_result(directory: Path, own: str, error: PipelineError | None) -> None:

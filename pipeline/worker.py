@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -164,6 +165,7 @@ def _fail(directory: Path, error: PipelineError) -> NoReturn:
     sys.exit(error.exit_status)
 
 
+@cache  # of this process: a plan of many tasks asks for each
 def commit() -> str | None:
     """Return the commit of the code that runs, with a + if it was edited since; null outside a checkout."""
     here = Path(__file__).parent

@@ -106,10 +106,15 @@ def refuse_live(root: Path, name: str) -> None:
             raise LaunchError(f"{name}: process {record.pid} on {record.host} is submitting a job of this name")
         return
     if live := live_jobs(root, name):
-        raise LaunchError(
-            f"{name}: a job of this name is under way (SLURM job {', '.join(live)}); wait for it "
-            f"({say(f'wait {name}', root)}), or end it ({say(f'cancel {name}', root)})"
-        )
+        raise under_way(root, name, f"SLURM job {', '.join(live)}")
+
+
+def under_way(root: Path, name: str, where: str) -> LaunchError:
+    """Return the error of a job that is started while one of its name waits or runs."""
+    return LaunchError(
+        f"{name}: a job of this name is under way ({where}); wait for it ({say(f'wait {name}', root)}), or end it "
+        f"({say(f'cancel {name}', root)})"
+    )
 
 
 def refuse_working(tasks: Sequence[FrozenTask]) -> None:

@@ -21,7 +21,7 @@ from pipeline.jobs.submit import submit_frozen
 from pipeline.jobs.words import parse, say
 from pipeline.launch.local import Local
 from pipeline.operate import made_line
-from pipeline.plan import identify_sources
+from pipeline.perform import changed_sources
 from pipeline.worker import FrozenTask, commit
 
 PATIENCE_S = 120.0
@@ -87,14 +87,12 @@ def _enter(record: JobRecord) -> None:
 
 def _check_sources(tasks: Sequence[FrozenTask]) -> None:
     """Refuse raw files that have changed. Raises ConfigError with each setting that names some."""
-    problems = []
-    for task in tasks:
-        for setting, identity in identify_sources(task.stage).items():
-            if identity != task.sources[setting]:
-                problems.append(
-                    f"{task.where}.{setting}: its files have changed since the job was started, so that it would be "
-                    f"another job; start that: python -m pipeline job={task.job}"
-                )
+    problems = [
+        f"{setting}: its files have changed since the job was started, so that it would be another job; start that: "
+        f"python -m pipeline job={task.job}"
+        for task in tasks
+        for setting in changed_sources(task)
+    ]
     if problems:
         raise ConfigError(*problems)
 
