@@ -10,7 +10,8 @@ import pytest
 from support import MODEL_TASKS, PROJECT, run_pipeline
 from wandb_server import KEY, Server
 
-from pipeline.errors import ConfigError, LaunchError
+from pipeline.errors import ConfigError, LaunchError, TrainingError
+from pipeline.perform import leave_result
 from pipeline.track import METRICS, Wandb, open_tracker, upload
 
 ID = "pretrain-0123456789abcdef"
@@ -135,7 +136,7 @@ def test_sync_sends_a_training_while_it_runs_and_when_it_is_done(root, server):
     assert "tiny.pretrain: 7 rows sent, up to step 7 (unfinished)" in sync(root, "tiny.pretrain")
     assert "tiny.pretrain: 0 rows sent, up to step 7 (unfinished)" in sync(root, "tiny")
     (directory / METRICS).write_text("".join(recorded))
-    (directory / "work/result.json").write_text('{"status": 5, "problems": ["x"], "where": "", "job": null}')
+    leave_result(directory, "", TrainingError("x"))
     assert f"tiny.pretrain: {len(recorded) - 7} rows sent, up to step {last} (failed)" in sync(root)
     (directory / "manifest.away").rename(directory / "manifest.json")
     assert f"tiny.pretrain: 0 rows sent, up to step {last} (finished)" in sync(root, str(directory))
