@@ -33,7 +33,7 @@ class LaunchError(PipelineError):
 
 
 class Lost(LaunchError):
-    """Processes were ended from outside, or a machine went: beginning again may help."""
+    """Processes were ended from outside, stood still, or a machine went: beginning again may help."""
 
 
 class TrainingError(PipelineError):

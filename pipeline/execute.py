@@ -11,7 +11,7 @@ from pipeline.artifact import MANIFEST, WORK, Artifact, open_artifact, write_jso
 from pipeline.env import STOP_SIGNALS, Share, StopRequest
 from pipeline.errors import ArtifactError, LaunchError
 from pipeline.jobs.evidence import launcher_runs
-from pipeline.jobs.record import TaskRecord, new_record, read_record, write_record
+from pipeline.jobs.record import TaskRecord, beginning, new_record, read_record, write_record
 from pipeline.jobs.refusals import refuse_elements, refuse_live, under_way
 from pipeline.jobs.sharing import deciding
 from pipeline.launch import AnyRun
@@ -48,9 +48,10 @@ def execute(tasks: list[Task], command: Command, job: str | None, report: Callab
 
     with StopRequest().listening(*STOP_SIGNALS, signal.SIGHUP, signal.SIGINT) as stop:
         if job is not None and any(task.done is None for task in tasks):
-            refuse_running(root, job)
             made = [TaskRecord.of(task, task.run) for task in tasks]
-            write_record(root, new_record(job, "local", made, commit()), frozen)
+            with beginning(root, job):
+                refuse_running(root, job)
+                write_record(root, new_record(job, "local", made, commit()), frozen)
         execute_frozen(root, frozen, job, stop, note)
 
 

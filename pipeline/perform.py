@@ -17,7 +17,7 @@ from pipeline.launch import local, srun
 from pipeline.launch.lock import LOCK, STALE_S, begin_attempt, forget_tries, idle_tries, locked, place, slurm_job
 from pipeline.launch.slurm import Slurm
 from pipeline.plan import identify_sources
-from pipeline.stage import ATTEMPT_FILE, CHECKPOINTS, SCRATCH
+from pipeline.stage import ATTEMPT_FILE, CHECKPOINTS, PROGRESS, SCRATCH
 from pipeline.worker import FrozenTask, publish, read_task
 
 RESULT = "result"  # in work/: how the last try ended
@@ -125,7 +125,8 @@ def _check_world(directory: Path, share: Share) -> None:
 
 def clear(directory: Path) -> None:
     """Make room for a try of all ranks: what an earlier one left half-written goes, finished units stay."""
-    shutil.rmtree(directory / WORK / "ranks", ignore_errors=True)
+    for old in ("ranks", PROGRESS):
+        shutil.rmtree(directory / WORK / old, ignore_errors=True)
     for notes in ("units", "ranks"):
         (directory / WORK / notes).mkdir(parents=True, exist_ok=True)
     shutil.rmtree(directory / WORK / SCRATCH, ignore_errors=True)

@@ -1,42 +1,76 @@
-"""One line that says how far a long piece of work is."""
+"""One line that says how far a long piece of work is, and a note of the same for `status`."""
 
+import json
 import os
 import sys
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
+
+LINE_S = 15.0  # between two lines, where there is no terminal
+NOTE_S = 5.0  # between two notes
 
 
 class Progress:
     """How far a long piece of work is, its rate and the time left.
 
-    Redrawn in place on a terminal (the launcher passes on whether there is one), else a line every 15 seconds.
+    Redrawn in place on a terminal (the launcher passes on whether there is one), else a line every `LINE_S`.
     Several threads may advance it.
     """
 
-    def __init__(self, task: str, total: float, noun: str, start: float = 0, show: bool = True) -> None:
-        self.task, self.total, self.noun, self.show = task, total, noun, show
+    def __init__(
+        self, task: str, total: float, noun: str, start: float = 0, show: bool = True, note: Path | None = None
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            start: What was done before.
+            show: Whether there is a line.
+            note: The file in which `status` finds the same: {"done", "total", "noun", "left_s", "time"}, the last in
+                seconds since the epoch.
+        """
+        self.task, self.total, self.noun, self.show, self.note = task, total, noun, show, note
         self.done, self.start, self.began = start, start, time.monotonic()
         self.redraw = terminal_width() is not None
         self.shown = self.began if not self.redraw else 0.0
         self.lock = threading.Lock()
+        self._leave(self.began)
 
     def advance(self, count: float = 1, note: str = "") -> None:
         """Count `count` more done; `note` follows the rate."""
         with self.lock:
             self.done += count
             now = time.monotonic()
-            if self.show and now - self.shown >= (0.2 if self.redraw else 15.0):
+            if self.show and now - self.shown >= (0.2 if self.redraw else LINE_S):
                 self.shown = now
                 self._draw(now - self.began, note)
+            if now - self.noted >= NOTE_S:
+                self._leave(now)
 
     def close(self) -> None:
         """Take the line off the terminal."""
+        self._leave(time.monotonic())
         if self.show and self.redraw:
             print("\r\x1b[2K", end="", flush=True)
 
+    def _left_s(self, rate: float) -> float | None:
+        return (self.total - self.done) / rate if rate else None
+
+    def _leave(self, now: float) -> None:
+        """Write the note; where it cannot be written the work goes on."""
+        self.noted = now
+        if self.note is None:
+            return
+        left_s = self._left_s((self.done - self.start) / max(now - self.began, 1e-9))
+        told = {"done": self.done, "total": self.total, "noun": self.noun, "left_s": left_s, "time": time.time()}
+        with suppress(OSError):
+            self.note.parent.mkdir(parents=True, exist_ok=True)
+            self.note.write_text(json.dumps(told), "ascii")
+
     def _draw(self, elapsed_s: float, note: str) -> None:
         rate = (self.done - self.start) / max(elapsed_s, 1e-9)
-        left = clock((self.total - self.done) / rate) if rate else "?"
+        left = "?" if (left_s := self._left_s(rate)) is None else clock(left_s)
         share = f"{100 * self.done / self.total:.0f} %" if self.total else ""
         amount = f"{self.done:,.0f}/{self.total:,.0f} {self.noun}"
         line = f"{self.task}  {amount}  {share}  {rate:,.1f}/s  {left} left  {note}"

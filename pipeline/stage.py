@@ -29,6 +29,7 @@ TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  
 SCRATCH = "scratch"  # in work/
 PARTIAL = "partial"  # in work/: what a stage needs to go on with inside a unit; gone once the artifact is published
 HEARTBEATS = "heartbeats"  # in work/: what each rank of a group is doing
+PROGRESS = "progress"  # in work/: how far each rank is
 ATTEMPT_FILE = "attempt"  # in work/: the number of the newest try; ranks of earlier ones may no longer write
 SAVE_FILE = "save_s"  # in work/: the seconds that saving a checkpoint took at the most
 CHECKPOINTS = "checkpoints"  # of a training, beside work/
@@ -311,7 +312,7 @@ class Context:
             Preempted: Between two units, when somebody asked for a stop.
         """
         mine = names[self.ranks.rank :: self.ranks.world_size]
-        progress = self.progress(len(mine), noun)
+        progress = Progress(self.task, len(mine), noun, show=self.rank == 0, note=self._note())
         for name in mine:
             note = self.directory / WORK / "units" / f"{name}.json"
             if not note.exists():
@@ -323,9 +324,14 @@ class Context:
             progress.advance()
         progress.close()
 
-    def progress(self, total: float, noun: str, start: float = 0) -> Progress:
-        """Return a progress line for `total` things; only rank 0 shows it."""
-        return Progress(self.task, total, noun, start, show=self.rank == 0)
+    def progress(self, total: float, noun: str, start: float = 0, show: bool = True) -> Progress:
+        """Return a progress line for `total` things, which all ranks do together: rank 0 speaks for them."""
+        is_first = self.rank == 0
+        return Progress(self.task, total, noun, start, show and is_first, self._note() if is_first else None)
+
+    def _note(self) -> Path:
+        """Return where `status` looks for how far this rank is."""
+        return self.directory / WORK / PROGRESS / f"{self.rank:05d}.json"
 
     def log(self, message: str) -> None:
         """Print one line."""

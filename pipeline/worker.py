@@ -22,7 +22,7 @@ from pipeline.errors import ArtifactError, PipelineError, TrainingError
 from pipeline.launch import AnyRun
 from pipeline.launch.failures import leave_reason, short_of_memory
 from pipeline.settings import Settings, decode, encode
-from pipeline.stage import ATTEMPT_FILE, HEARTBEATS, PARTIAL, SCRATCH, Context, read_outputs
+from pipeline.stage import ATTEMPT_FILE, HEARTBEATS, PARTIAL, PROGRESS, SCRATCH, Context, read_outputs
 from pipeline.stages import AnyStage
 from pipeline.track import AnyTracker, open_tracker
 
@@ -128,7 +128,7 @@ def publish(task: FrozenTask, seconds: float, num_ranks: int) -> Manifest:
         ),
     )
     write_manifest(ctx.directory, manifest)
-    for notes in ("units", "ranks", HEARTBEATS, PARTIAL, SCRATCH):
+    for notes in ("units", "ranks", HEARTBEATS, PARTIAL, PROGRESS, SCRATCH):
         shutil.rmtree(ctx.directory / WORK / notes, ignore_errors=True)
     return manifest
 

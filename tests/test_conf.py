@@ -13,6 +13,7 @@ from pipeline.plan import Command
 from pipeline.settings import decode
 from pipeline.stages import AnyStage
 from pipeline.stages.clean import Clean
+from pipeline.stages.evaluate import Evaluate
 from pipeline.stages.pretrain import Pretrain
 
 JOBS = sorted(path.stem for path in (PROJECT / "jobs").glob("*.yaml"))
@@ -58,6 +59,12 @@ def test_data_tasks_of_the_example_clusters_ask_for_no_gpus_and_no_whole_nodes(c
     assert a_node in training
     assert not [flag for flag in data if "gpu" in flag or "exclusive" in flag]
     assert [flag for flag in data if flag.startswith("--array=0-")]
+    one = sbatch_flags(run.of("evaluate", Evaluate(model="m", tokens="t")), Evaluate(model="m", tokens="t"), None)
+    assert "--nodes=1" in one
+    assert [flag[-2:] for flag in one if "gpu:" in flag or "gpus" in flag] == ["=1" if cluster == "a100" else ":1"] * (
+        cluster != "cpu_cluster"
+    )
+    assert not [flag for flag in one if "exclusive" in flag or flag == "--mem=240G"]
 
 
 def composed(*words: str) -> dict:

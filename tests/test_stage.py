@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 
 from pipeline.env import Ranks
@@ -70,6 +73,34 @@ def test_progress_says_how_far_how_fast_and_how_long(capsys, monkeypatch):
         progress.advance(1, "loss 1.0")
     # a line every 15 s: at 30 more steps, 2 a second
     assert capsys.readouterr().out == "task  50/100 steps  50 %  2.0/s  0:25 left  loss 1.0\n"
+
+
+def test_progress_is_noted_for_others_now_and_then_and_at_the_end(tmp_path, monkeypatch):
+    now, path = [1000.0], tmp_path / "work/progress/00000.json"
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    progress = Progress("task", 100, "steps", start=20, show=False, note=path)
+    noted = []
+    for _ in range(11):
+        note = json.loads(path.read_text())
+        noted.append((note["done"], note["left_s"]))
+        now[0] += 1
+        progress.advance(2)
+    assert noted == [(20, None)] * 5 + [(30, 35.0)] * 5 + [(40, 30.0)]
+    progress.close()
+    assert json.loads(path.read_text())["done"] == 42
+    shutil.rmtree(path.parent)
+    path.parent.touch()  # where there is no place for notes, the work goes on
+    now[0] += 10
+    progress.advance(2)
+
+
+def test_each_rank_notes_how_far_its_units_are_and_the_first_for_all_what_they_do_together(tmp_path):
+    for rank in range(3):
+        ctx = context(tmp_path, rank, 3)
+        work(ctx, list("abcdefg"))
+        ctx.progress(10, "steps").close()
+    notes = [json.loads(path.read_text()) for path in sorted((tmp_path / "work/progress").glob("*"))]
+    assert [(note["done"], note["total"], note["noun"]) for note in notes] == [(0, 10, "steps"), *[(2, 2, "units")] * 2]
 
 
 def test_progress_is_redrawn_within_the_width_of_a_terminal(capsys, monkeypatch):

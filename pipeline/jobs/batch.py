@@ -1,7 +1,6 @@
 """What sbatch is told for each task of a job: its words, the variables beside them, and where the code is kept."""
 
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -80,12 +79,6 @@ def environment(task: FrozenTask, code: str | None) -> dict[str, str]:
     run = _run(task)
     python = run.python or ("python" if run.setup else sys.executable)
     return {"PIPELINE_SETUP": "\n".join(run.setup), "PIPELINE_PYTHON": python, "PIPELINE_CODE": code or ""}
-
-
-def in_shell(words: Sequence[str], variables: dict[str, str]) -> str:
-    """Return a command as a person can give it to a shell."""
-    said = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if value]
-    return " ".join([*said, shlex.join(words)])
 
 
 def script() -> Path:

@@ -5,9 +5,9 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from pipeline.jobs.record import JobRecord, TaskRecord
 from pipeline.launch import claim as claims
 from pipeline.launch.lock import LOCK, STALE_S, TRIES, read_owner
 from pipeline.perform import read_result
-from pipeline.stage import ATTEMPT_FILE
+from pipeline.stage import ATTEMPT_FILE, PROGRESS
 from pipeline.track import METRICS
 
 TAIL_BYTES = 64 * 1024
 CLOCK_S = 5.0  # by which clocks may differ
 ERROR = re.compile(r"^(?:\S+: )?(?:error: .*|\w*(?:Error|Exception): .*|slurmstepd: .*)$")
-PROGRESS = re.compile(r"  (?P<done>[\d,]+)/(?P<total>[\d,]+) (?P<noun>\S[^/]*?)  \d* ?%?")
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,13 @@ class Pace:
     """How far a task is.
 
     Attributes:
-        done: Steps of a training; of another task the units of its work that have ended, as far as it says.
-        total: Of how many; null if that is not known.
+        done: Steps of a training; of another task what its ranks note, all together.
+        total: Of how many; null if that is not known, as while elements of an array have not begun.
         noun: What they are.
         ranks: Processes of a data task that have ended.
         loss: Of the last step.
         tokens_per_s: Of the last step.
-        left_s: Seconds that the rest takes at the pace of the last steps.
+        left_s: Seconds that the rest takes at the pace of the last steps, or of the slowest rank.
     """
 
     done: int | None = None
@@ -218,27 +217,50 @@ def last_error(log: Path) -> str:
 
 
 def read_pace(directory: Path, task: TaskRecord) -> Pace:
-    """Return how far a task is: from the rows of a training's steps, else from its notes and the line of its log."""
+    """Return how far a task is: from the rows of a training's steps, else from the notes of its ranks."""
     work = directory / WORK
     rows = [row for row in rows_of(directory / METRICS) if all(_is_number(row.get(name)) for name in ("step", "time"))]
-    if rows:
-        return _pace_of_steps(rows, _total_steps(work / "task.json"), _mtime(work / ATTEMPT_FILE) or 0.0)
-    ranks = _count(work / "ranks")
-    total, noun = None, ""
-    if found := next(reversed(list(PROGRESS.finditer(tail(directory / "logs" / "rank-00000.log", 4096)))), None):
-        total, noun = int(found["total"].replace(",", "")), found["noun"]
-        if task.ranks == 1:
-            return Pace(int(found["done"].replace(",", "")), total, noun, ranks)
-    units = _count(work / "units")
-    return Pace(units or None, None, "units", ranks) if units else Pace(ranks=ranks)
+    total = _total_steps(work / "task.json")
+    if rows and total is not None:
+        return _pace_of_steps(rows, total, _mtime(work / ATTEMPT_FILE) or 0.0)
+    pace = _pace_of_notes([note for path in sorted((work / PROGRESS).glob("*.json")) if (note := _note(path))], task)
+    if rows and pace.done is None:  # its notes went when it was published
+        pace = Pace(rows[-1]["step"], None, "steps")
+    ended = 0 if rows else _count(work / "ranks")
+    return replace(pace, ranks=ended, loss=_newest(rows, "loss"), tokens_per_s=_newest(rows, "tokens_per_s"))
 
 
-def _pace_of_steps(rows: list[Mapping[str, Any]], total: int | None, began: float) -> Pace:
+def _note(path: Path) -> Mapping[str, Any] | None:
+    """Return what a rank's `Progress` notes; null while that is being written."""
+    try:
+        note = json.loads(path.read_text("ascii"))
+    except (OSError, ValueError):
+        return None
+    kinds = {"done": int | float, "total": int | float, "noun": str, "left_s": int | float | None, "time": int | float}
+    is_whole = isinstance(note, dict) and all(isinstance(note.get(name, ""), kind) for name, kind in kinds.items())
+    return note if is_whole else None
+
+
+def _pace_of_notes(notes: Sequence[Mapping[str, Any]], task: TaskRecord) -> Pace:
+    """Return how far all ranks are: the whole is known once all have begun, and lasts as long as the slowest."""
+    if not notes:
+        return Pace()
+    alike = [note for note in notes if note["noun"] == notes[0]["noun"]]  # the others are in another phase
+    done, noun = round(sum(note["done"] for note in alike)), notes[0]["noun"]
+    if len(alike) < (task.ranks if task.is_array else 1):
+        return Pace(done, None, noun)
+    now = time.time()
+    left = [note["left_s"] for note in alike if note["done"] < note["total"]]
+    slowest = None if None in left else max((note["left_s"] - (now - note["time"]) for note in alike), default=0.0)
+    return Pace(done, round(sum(note["total"] for note in alike)), noun, left_s=slowest)
+
+
+def _pace_of_steps(rows: list[Mapping[str, Any]], total: int, began: float) -> Pace:
     last = rows[-1]
     recent = [row for row in rows if row["time"] >= began and row["step"] <= last["step"]] or [last]
     steps, seconds = last["step"] - recent[0]["step"], last["time"] - recent[0]["time"]
     left_s = None
-    if total is not None and steps > 0:
+    if steps > 0:
         left_s = max(0.0, (total - last["step"]) * seconds / steps - max(0.0, time.time() - last["time"]))
     return Pace(last["step"], total, "steps", 0, _newest(rows, "loss"), _newest(rows, "tokens_per_s"), left_s)
 

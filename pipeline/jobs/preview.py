@@ -1,12 +1,13 @@
 """What `run=slurm --plan` shows: the commands that would submit a job, what they ask for, and what would be refused."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.artifact import MANIFEST
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.execute import needed_bytes
-from pipeline.jobs.batch import environment, in_shell, needs_preflight, preflight_asks, preflight_words, task_words
+from pipeline.jobs.batch import environment, needs_preflight, preflight_asks, preflight_words, task_words
 from pipeline.jobs.record import JobRecord
 from pipeline.jobs.refusals import Cluster, read_cluster, refusals, refuse_live
 from pipeline.jobs.submit import fit_arrays, frozen_job
@@ -59,6 +60,9 @@ def preview(tasks: list[Task], command: Command, job: str | None) -> None:
 def _print_commands(job: JobRecord, tasks: Sequence[FrozenTask], cluster: Cluster | None) -> None:
     preflights: dict[str, str] = {}  # the task that has it, by what it asks for
     made = {task.name for task in tasks if (Path(task.directory) / MANIFEST).exists()}
+    if len(made) < len(tasks):
+        said = [f"{name}={shlex.quote(value)}" for name, value in environment(tasks[0], job.code).items() if value]
+        print("\nexport " + " ".join(said))
     for record, task in zip(job.tasks, tasks, strict=True):
         if task.name in made:
             continue
@@ -69,14 +73,13 @@ def _print_commands(job: JobRecord, tasks: Sequence[FrozenTask], cluster: Cluste
         assert isinstance(task.run, Slurm)
         limit_s = cluster.limit_s(task.run) if cluster else None
         after = [f"<{name}>" for name in record.needs if name not in made]
-        variables = environment(task, job.code)
         print(f"\n{task.name}: {_estimate(task, limit_s)}")
         if needs_preflight(task):
             first = preflights.setdefault(preflight_asks(task), task.name)
             after.append(f"<{first}.preflight>")
             if first == task.name:
-                print(in_shell(preflight_words(job, task, limit_s, TOKEN), variables))
-        print(in_shell(task_words(job, task, limit_s, after, TOKEN), variables))
+                print(shlex.join(preflight_words(job, task, limit_s, TOKEN)))
+        print(shlex.join(task_words(job, task, limit_s, after, TOKEN)))
 
 
 def _estimate(task: FrozenTask, limit_s: int | None) -> str:

@@ -4,11 +4,13 @@ It says which tasks the job has and where they are. How far they are is read fro
 runs from SLURM: the record itself never claims success.
 """
 
+import fcntl
 import json
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,7 @@ from pipeline.worker import FrozenTask
 
 FORMAT = 1
 RECORD = "job.json"
+BEGINNING = "job.lock"  # beside it: held by who begins a job of this name
 FROZEN = "tasks.json"  # beside it: the tasks as they were when the job was started
 
 
@@ -118,6 +121,17 @@ def now() -> str:
 def launcher_here() -> dict[str, Any]:
     """Return what a record says of this process as the one that runs the job."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "allocation": slurm_job()}
+
+
+@contextmanager
+def beginning(root: Path, name: str) -> Iterator[None]:
+    """Let nobody else begin a job of this name meanwhile: from looking whether one is under way until that is noted."""
+    directory = root / "jobs" / name
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / BEGINNING, "ab") as lock:
+        with suppress(OSError):  # of a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_record(root: Path, record: JobRecord, tasks: Sequence[FrozenTask]) -> None:

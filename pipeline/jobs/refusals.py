@@ -1,7 +1,8 @@
 """What a cluster would refuse of a job, said before anything is frozen or submitted; all of it together."""
 
 import os
-from collections.abc import Iterator, Sequence
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,7 +158,17 @@ def refusals(root: Path, tasks: Sequence[FrozenTask], cluster: Cluster | None, s
             for problem in _refused(task, cluster, said, answers):
                 found.setdefault(problem, []).append(task.name)
     lines = [f"{problem} ({', '.join(names)})" for problem, names in found.items()]
-    return [*_unusable(root), *lines]
+    setup = {line: None for task in tasks if isinstance(task.run, Slurm) for line in task.run.setup}
+    return [*_unusable(root), *_broken(setup), *lines]
+
+
+def _broken(setup: Iterable[str]) -> Iterator[str]:
+    """Say which lines of `run.setup` are no shell: each is read for itself."""
+    for line in setup:
+        read = subprocess.run(["bash", "-n", "-c", line], capture_output=True, text=True)
+        if read.returncode:
+            said = read.stderr.splitlines()[0].rpartition(": ")[2]
+            yield f"run.setup: '{line}' is no whole command of bash ({said}); each line stands alone, an if with its fi"
 
 
 def _contradictions(task: FrozenTask, said: Slurm | None) -> Iterator[str]:

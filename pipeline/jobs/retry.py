@@ -13,9 +13,9 @@ from pathlib import Path
 from pipeline.artifact import MANIFEST, Artifact
 from pipeline.env import STOP_SIGNALS, StopRequest
 from pipeline.errors import ConfigError, LaunchError
-from pipeline.execute import execute_frozen
+from pipeline.execute import execute_frozen, refuse_running
 from pipeline.jobs.look import look
-from pipeline.jobs.record import JobRecord, launcher_here, now, read_frozen, read_record, write_record
+from pipeline.jobs.record import JobRecord, beginning, launcher_here, now, read_frozen, read_record, write_record
 from pipeline.jobs.states import RUNNING, JobStatus
 from pipeline.jobs.submit import submit_frozen
 from pipeline.jobs.words import parse, say
@@ -111,7 +111,9 @@ def _run_here(root: Path, record: JobRecord, tasks: Sequence[FrozenTask]) -> Non
     tasks = [task.model_copy(update={"commit": code}) for task in tasks]
     record = record.model_copy(update={"commit": code, "submitted": now(), **launcher_here()})
     with StopRequest().listening(*STOP_SIGNALS, signal.SIGHUP, signal.SIGINT) as stop:
-        write_record(root, record, tasks)
+        with beginning(root, record.name):
+            refuse_running(root, record.name)
+            write_record(root, record, tasks)
         execute_frozen(root, tasks, record.name, stop, _say)
     print(f"{record.name}: done; {say(f'status {record.name}', root)} shows it")
 

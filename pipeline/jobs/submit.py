@@ -21,7 +21,7 @@ from pipeline.jobs.batch import (
     preflight_words,
     task_words,
 )
-from pipeline.jobs.record import FROZEN, RECORD, JobRecord, TaskRecord, new_record, read_record, write_record
+from pipeline.jobs.record import FROZEN, RECORD, JobRecord, TaskRecord, beginning, new_record, read_record, write_record
 from pipeline.jobs.refusals import Cluster, bounded, read_cluster, refusals, refuse_live, refuse_working
 from pipeline.jobs.sharing import deciding, unwant, who_else_wants
 from pipeline.jobs.words import say
@@ -101,10 +101,12 @@ def submit_frozen(
     if planned.code == str(code_place(root)):
         keep_code(root)
     with StopRequest().listening(*STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT) as stop:
-        submission = Submission(root, planned, tasks, cluster, stop)
+        with beginning(root, planned.name):
+            refuse_live(root, planned.name)
+            submission = Submission(root, planned, tasks, cluster, stop)
+            submission.begin()
         stop.hand_on = say_stop
         try:
-            submission.begin()
             for task in tasks:
                 submission.add(task)
             submission.check_stop()
@@ -154,8 +156,13 @@ class Submission:
 
     def begin(self) -> None:
         """Let others see that this job is being submitted."""
-        if any(not (Path(task.directory) / MANIFEST).exists() for task in self.tasks):
+        if all((Path(task.directory) / MANIFEST).exists() for task in self.tasks):
+            return
+        try:
             self._write({"host": socket.gethostname(), "pid": os.getpid()})
+        except BaseException:
+            self._restore()
+            raise
 
     def end(self) -> JobRecord:
         """Return the record of what was submitted, and leave it: where nothing was, that of an earlier time."""

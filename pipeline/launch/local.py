@@ -13,7 +13,7 @@ from typing import IO, Literal
 
 from pipeline.artifact import WORK
 from pipeline.env import ATTEMPT, LAUNCHER, Share, StopRequest, cpus, reserved_port
-from pipeline.errors import LaunchError, Preempted
+from pipeline.errors import Lost, Preempted
 from pipeline.launch.failures import forget_reasons, guessed_reason, left_reason, rank_log
 from pipeline.stage import HEARTBEATS, Run
 
@@ -53,10 +53,7 @@ def launch(directory: Path, run: Run, attempt: int, lock: int, stop: StopRequest
         return
     status = ranks[failed].returncode
     if silence.was_too_long:
-        raise LaunchError(
-            f"{directory}: no rank gave a sign of life for {silence.limit_s:g} s, so they were ended; the same command "
-            "continues"
-        )
+        raise silence.error()
     reason = left_reason(directory, failed)
     if stop and reason is None and -status in (signal.SIGTERM, signal.SIGKILL):
         raise stop.error(f"{directory}: what was done since the last checkpoint or unit will be done again")
@@ -182,6 +179,7 @@ class Silence:
 
     def __init__(self, directory: Path, share: Share, timeout_s: float) -> None:
         ranks = range(share.first, share.first + share.count)
+        self._directory = directory
         self._files = [directory / WORK / HEARTBEATS / f"{rank:05d}" for rank in ranks]
         self.limit_s, self.was_too_long = 2 * timeout_s + 30, False
         self._next = 0.0
@@ -199,6 +197,13 @@ class Silence:
             return False
         self.was_too_long = time.time() - newest > self.limit_s
         return self.was_too_long
+
+    def error(self) -> Lost:
+        """Return what is said of ranks that were ended for it."""
+        return Lost(
+            f"{self._directory}: no rank gave a sign of life for {self.limit_s:g} s, so they were ended; the same "
+            "command continues"
+        )
 
 
 def _first(statuses: Sequence[int | None]) -> int:

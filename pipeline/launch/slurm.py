@@ -132,7 +132,9 @@ class Slurm(Run):
             data |= {"ranks_per_node": each, "ranks": data["nodes"] * each}
         else:
             data |= {"nodes": 1, "ranks_per_node": None, "ranks": data["array"] if stage.ranks == "units" else 1}
-            data |= {"gpus_per_node": min(data["gpus_per_node"], 1 if on_device else data["gpus_per_node"])}
+            if on_device:
+                memory = said.get("memory_per_node") or share_of(data["memory_per_node"], self.each)
+                data |= {"gpus_per_node": min(data["gpus_per_node"], 1), "memory_per_node": memory}
         if data["nodes"] <= (data["elastic"] or 0):
             data["elastic"] = None
         return self.model_copy(update={**data, "tasks": {}, "data": Resources()})
@@ -140,6 +142,14 @@ class Slurm(Run):
     def on(self, nodes: int) -> Self:
         """Return the same on another number of nodes."""
         return self.model_copy(update={"nodes": nodes, "ranks": nodes * self.each})
+
+
+def share_of(memory: str | None, parts: int) -> str | None:
+    """Return that part of the memory of a node, in whole megabytes; "0", all that it has, stays all."""
+    if memory is None or memory == "0" or parts == 1:
+        return memory
+    number, unit = int(memory.rstrip("KMGT")), memory.lstrip("0123456789") or "M"
+    return f"{max(1, int(number * 1024.0 ** ('KMGT'.index(unit) - 1) / parts))}M"
 
 
 def uses_device(stage: Stage) -> bool:

@@ -67,10 +67,11 @@ class Step:
     """A running srun: what it says of its tasks, and how they are asked to stop or ended."""
 
     def __init__(self, words: list[str], environment: Mapping[str, str]) -> None:
-        self.failed: dict[int, str] = {}  # how each task failed, in the order of the news
+        self.failed: dict[int, str] = {}  # how each task failed by itself, in the order of the news
         self.lost: list[str] = []  # nodes
         self.nodes: dict[int, str] = {}  # of the tasks that failed
         self.last = ""
+        self._is_ending = False
         self._process = subprocess.Popen(
             words, env=dict(environment), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
         )
@@ -89,6 +90,7 @@ class Step:
 
     def kill(self) -> None:
         """End all tasks at once."""
+        self._is_ending = True
         job = slurm_job() or ""
         with suppress(LaunchError):
             steps = scheduler.command("squeue", "--steps", "--noheader", "--jobs", job, "--format", "%i").split()
@@ -114,7 +116,7 @@ class Step:
             self.last = line.strip() or self.last
             if found := LOST.match(line):
                 self.lost.append(found["node"])
-            if found := ENDED.match(line):
+            if (found := ENDED.match(line)) and not self._is_ending:
                 for task in _numbers(found["tasks"]):
                     self.nodes[task] = found["node"]
                     self.failed.setdefault(task, found["how"].strip())
@@ -211,10 +213,7 @@ def _reason(
 ) -> PipelineError:
     """Return why the step failed."""
     if silence.was_too_long:
-        return LaunchError(
-            f"{directory}: no rank gave a sign of life for {silence.limit_s:g} s, so they were ended; the same command "
-            "continues"
-        )
+        return silence.error()
     failed = _blamed(step)
     reason = None if failed is None else left_reason(directory, share.first + failed)
     how = "" if failed is None else step.failed[failed]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from pipeline.artifact import write_json
-from pipeline.errors import ArtifactError, ConfigError
+from pipeline.errors import ArtifactError, ConfigError, Preempted
 from pipeline.models.config import AnyModel
+from pipeline.progress import Progress
 from pipeline.settings import Input, decode
 from pipeline.stage import Context, Run, Stage, Stats
 from pipeline.stages.finetune import refuse_classifier
@@ -73,7 +74,7 @@ class Evaluate(Stage):
     def run(self, ctx: Context) -> None:
         """Score all held-out documents and write `metrics.json`."""
         from pipeline.text.stream import open_stream
-        from pipeline.training.metrics import score
+        from pipeline.training.metrics import FED_ROWS, num_windows, score
         from pipeline.training.validation import SEED, name_terms, predicts_text
 
         source, tokens = ctx.inputs["model"], ctx.inputs["tokens"]
@@ -87,7 +88,11 @@ class Evaluate(Stage):
                 f"{tokens.place}: holds out no document to evaluate on; tokenize with a larger held_out_fraction"
             )
         held = open_stream(tokens, HELD)
-        result = score(model, held, make_examples(ctx.task, asked, SEED, tokens, model.config))
+        examples = make_examples(ctx.task, asked, SEED, tokens, model.config)
+        windows = num_windows(held, asked.objective.row_tokens(asked.seq_len))
+        progress = ctx.progress(-(-windows // FED_ROWS), "batches")
+        result = score(model, held, examples, beat=lambda: _count(ctx, progress))
+        progress.close()
         metrics: Stats = {"loss": result.loss, "perplexity": result.perplexity}
         metrics |= {f"loss.{name}": mean for name, mean in name_terms(asked.objective, result).items()}
         if predicts_text(asked.objective):
@@ -109,6 +114,13 @@ class Evaluate(Stage):
             objective = objective.objective
         seq_len = self.seq_len or (trained.seq_len if trained else config.max_seq_len)
         return Question(objective, seq_len, trained.document_mask if trained else True)
+
+
+def _count(ctx: Context, progress: Progress) -> None:
+    """Count a batch that begins, unless somebody asked for a stop."""
+    if ctx.should_stop():
+        raise Preempted(f"{ctx.task} after {progress.done:,.0f} of {progress.total:,.0f} batches; it will begin again")
+    progress.advance()
 
 
 def _made_by(source: "Artifact") -> Stage | None:

@@ -1,7 +1,7 @@
 """Continuing prompts with a language model, or filling their masks with an encoder."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints
@@ -148,7 +148,6 @@ def _write(
         for prompt, text, ids in zip(stage.prompt[batch], texts, made, strict=True):
             row = {"prompt": prompt, "continuation": text.text, "new_tokens": len(ids)}
             rows.append(row | ({"answer": True} if answers else {}))
-        _log(ctx, rows, len(prompts))
     return rows, {"new_tokens": sum(row["new_tokens"] for row in rows)}
 
 
@@ -175,7 +174,6 @@ def _fill(
             told = [[{"token": tokenizer.decode([i]), "probability": p} for i, p in each] for each in masks]
             rows.append({"prompt": prompt, "filled": tokenizer.decode(filled), "masks": told})
             _terminal(ctx)(f"{_told(rows[-1])}\n\n")
-        _log(ctx, rows, len(framed))
     return rows, {"masks": sum(len(row["masks"]) for row in rows)}
 
 
@@ -217,21 +215,19 @@ def _objective(source: Artifact) -> Mapping[str, Any]:
 
 def _batches(ctx: Context, count: int) -> Iterator[slice]:
     size = ctx.settings.microbatch_sequences or BATCH_PROMPTS
+    progress = ctx.progress(count, "prompts", show=_terminal(ctx) is write_nowhere)  # elsewhere the texts are shown
     for start in range(0, count, size):
         if ctx.should_stop():
             raise Preempted(f"{ctx.task} after {start} of {count} prompts; it will begin again")
-        yield slice(start, min(start + size, count))
+        batch = slice(start, min(start + size, count))
+        yield batch
+        progress.advance(batch.stop - start)
+    progress.close()
 
 
 def _terminal(ctx: Context) -> Callable[[str], None]:
     """Return what writes to a terminal, or nowhere if nobody reads along."""
     return write_terminal if ctx.rank == 0 and terminal_width() is not None else write_nowhere
-
-
-def _log(ctx: Context, rows: Sequence[Mapping[str, Any]], count: int) -> None:
-    """Say how far it is, where nobody reads along."""
-    if _terminal(ctx) is write_nowhere:
-        ctx.log(f"{len(rows)} of {count} prompts done")
 
 
 def _opening(prompt: str, answers: bool) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Self
 
-from pipeline.errors import TrainingError
+from pipeline.errors import Lost
 
 BEAT_BYTES = 128  # the first part of a file, the rank's own; the rest is its watcher's
 WATCH_BYTES = 384
@@ -58,8 +58,8 @@ class Heart:
     """Says at every phase of a step where a rank is, and watches that it goes on.
 
     When a rank has begun nothing for `timeout_s`, all ranks write the Python stacks of all their threads to standard
-    error, `leave` the same reason, which names the rank that is furthest behind, and end with the status of a
-    `TrainingError`. A rank that is stopped or gone cannot; it is left to the launcher.
+    error, `leave` the same reason, which names the rank that is furthest behind, and end with the status of
+    `Lost`, after which the run may be begun again. A rank that is stopped or gone cannot; it is left to the launcher.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Heart:
         world: int,
         timeout_s: float,
         attempt: int,
-        leave: Callable[[TrainingError], None],
+        leave: Callable[[Lost], None],
         end: Callable[[int], NoReturn] = os._exit,
     ) -> None:
         """Begin to watch.
@@ -155,16 +155,14 @@ class Heart:
             self._write_watched(waits=waits, done="dumped")
             patience_s = 2 * pause_s + DUMP_S
             reason = self._conclude(patience_s) if first else self._hear(patience_s + DUMP_S)
-            self._leave(
-                TrainingError(f"{reason}; the Python stacks of all ranks are in their logs; the same command continues")
-            )
+            self._leave(Lost(f"{reason}; the Python stacks of all ranks are in their logs; the same command continues"))
             self._write_watched(done="left")
             self._wait_for(("left",), patience_s)
         except Exception:
             traceback.print_exc()
         finally:
             sys.stderr.flush()
-            self._end(TrainingError.exit_status)
+            self._end(Lost.exit_status)
 
     def _conclude(self, patience_s: float) -> str:
         """Return the reason, and write it down for the other ranks."""

@@ -91,15 +91,33 @@ def test_parts_of_a_training_have_numbers_of_their_own_names(tmp_path):
     assert (read(tmp_path).pace.loss, read(tmp_path).pace.total, read(tmp_path).pace.left_s) == (0.5, None, None)
 
 
-def test_progress_of_other_work_comes_from_its_notes_and_the_line_of_its_log(tmp_path):
-    for unit in range(3):
-        write(tmp_path / f"work/units/{unit}.json", {})
-    write(tmp_path / "work/ranks/00001.json", {})
-    pace = read(tmp_path, ranks=4).pace
-    assert (pace.done, pace.noun, pace.ranks) == (3, "units", 1)
-    write(tmp_path / "logs/rank-00000.log", "dedup  1,200/4,000 documents  30 %  80.0/s  0:35 left  \nmore\n")
-    pace = read(tmp_path).pace
-    assert (pace.done, pace.total, pace.noun) == (1200, 4000, "documents")
+def note(directory, rank, done, total, noun="parts cleaned", left_s=None, age_s=0.0):
+    told = {"done": done, "total": total, "noun": noun, "left_s": left_s, "time": time.time() - age_s}
+    write(directory / f"work/progress/{rank:05d}.json", told)
+
+
+def test_progress_of_an_array_is_that_of_all_its_elements_once_all_have_begun(tmp_path):
+    write(tmp_path / "work/ranks/00000.json", {})
+    note(tmp_path, 0, 5, 5, left_s=0.0, age_s=100)
+    note(tmp_path, 1, 2, 6, left_s=50.0, age_s=10)
+    pace = read(tmp_path, ranks=3, is_array=True).pace
+    assert (pace.done, pace.total, pace.noun, pace.ranks, pace.left_s) == (7, None, "parts cleaned", 1, None)
+    note(tmp_path, 2, 1, 5, left_s=80.0, age_s=10)
+    pace = read(tmp_path, ranks=3, is_array=True).pace
+    assert (pace.done, pace.total) == (8, 16)
+    assert pace.left_s == pytest.approx(70, abs=2)
+    note(tmp_path, 2, 0, 5)
+    assert read(tmp_path, ranks=3, is_array=True).pace.left_s is None
+    (tmp_path / "work/progress/00002.json").write_text('{"done": 1')  # is being written
+    assert read(tmp_path, ranks=3, is_array=True).pace.total is None
+
+
+def test_a_training_of_several_parts_says_how_far_the_part_is(tmp_path):
+    write(tmp_path / "metrics.jsonl", json.dumps({"step": 3, "time": 1.0, "baseline/loss": 0.5}) + "\n")
+    note(tmp_path, 0, 3, 10, "baseline (1 of 2) steps", left_s=7.0)
+    pace = read(tmp_path, ranks=2).pace
+    assert (pace.done, pace.total, pace.noun, pace.loss, pace.ranks) == (3, 10, "baseline (1 of 2) steps", 0.5, 0)
+    assert pace.left_s == pytest.approx(7, abs=2)
 
 
 def test_a_lock_that_its_owner_holds_says_who_works_here(tmp_path):

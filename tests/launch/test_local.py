@@ -1,13 +1,16 @@
 import io
+import json
 import os
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
+from pipeline.env import Share
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.launch.failures import guessed_reason, leave_reason, left_reason
-from pipeline.launch.local import _first, _pump
+from pipeline.launch.local import Silence, _first, _pump
 from pipeline.launch.lock import locked
 
 
@@ -94,3 +97,28 @@ def test_a_rank_never_waits_for_a_terminal_that_is_gone(tmp_path, monkeypatch):
     stream.close()
     terminal.close()
     assert (tmp_path / "log").stat().st_size == 100 * 1001
+
+
+@pytest.mark.parametrize(
+    ("beats", "is_too_long"),
+    [
+        ([100.0, 200.0], True),
+        ([100.0, 10.0], False),
+        ([100.0], False),
+        ([100.0, "end"], False),
+    ],
+)
+def test_ranks_that_are_all_silent_are_ended_and_those_at_their_end_are_not(tmp_path, beats, is_too_long):
+    hearts = tmp_path / "work/heartbeats"
+    hearts.mkdir(parents=True)
+    for rank, beat in enumerate(beats):
+        path = hearts / f"{rank:05d}"
+        path.write_text(json.dumps(["end" if beat == "end" else "feed", 0, 1, 1, 0.0]))
+        silent_s = 100.0 if beat == "end" else beat
+        os.utime(path, (time.time() - silent_s,) * 2)
+    silence = Silence(tmp_path, Share(world=2, first=0, count=2), timeout_s=10.0)
+    assert silence.is_too_long() == is_too_long
+    if is_too_long:
+        assert str(silence.error()) == (
+            f"{tmp_path}: no rank gave a sign of life for 50 s, so they were ended; the same command continues"
+        )

@@ -74,6 +74,17 @@ def test_a_stage_that_reads_a_model_asks_for_one_gpu_of_the_training_nodes():
     assert slurm().of("evaluate", EVALUATE).gpus_per_node == 0
 
 
+@pytest.mark.parametrize(
+    ("asked", "share"),
+    [("240G", "61440M"), ("1000", "250M"), ("2T", "524288M"), ("2K", "1M"), ("0", "0"), (None, None)],
+)
+def test_a_stage_that_reads_a_model_asks_for_the_memory_of_one_rank(asked, share):
+    run = slurm(nodes=2, ranks_per_node=4, memory_per_node=asked, tasks={"mine": {"memory_per_node": "7G"}})
+    assert run.of("evaluate", EVALUATE).memory_per_node == share
+    assert run.of("mine", EVALUATE).memory_per_node == "7G"
+    assert run.of("train", PRETRAIN).memory_per_node == asked
+
+
 def test_elastic_asks_for_a_range_of_nodes():
     run = slurm(nodes=4, elastic=2).of("train", PRETRAIN)
     assert "--nodes=2-4" in sbatch_flags(run, PRETRAIN, None)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from submitted import losses, manifest, wait_until
-from trainings import DRIVER, NAME, OTHERS, RANK, Training, weights
+from trainings import DRIVER, NAME, OTHERS, RANK, Training, processes, weights
 
 STEPS = 400
 LONG = 800
@@ -73,6 +73,18 @@ def test_a_training_whose_processes_are_killed_or_stopped_goes_on(cluster, train
     assert "asked to stop again: the ranks are ended at once" in training.log()
     assert "was killed (status 137)" in training.log()
     assert weights(training.made) == weights(reference(STEPS, 1))
+
+
+def test_a_training_of_which_a_rank_stands_still_is_begun_again_where_it_was(train, reference):
+    undisturbed = weights(reference(STEPS, 2))
+    training = train(STEPS, OFTEN, "run.ranks_per_node=2", "run.stall_timeout_s=30")
+    training.wait_for_step(60)
+    os.kill(processes(training.job, RANK)[0], signal.SIGSTOP)
+    training.again()
+    assert int(training.finish()["Restarts"]) == 1
+    assert "of 2 has come to a halt" in training.log()
+    assert "continues after step" in training.rank_log()
+    assert weights(training.made) == undisturbed
 
 
 def is_asked(cluster, training: Training) -> bool:

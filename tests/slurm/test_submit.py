@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,8 +121,9 @@ def test_the_plan_shows_the_commands_that_are_given_and_does_nothing(cluster, su
         return [*kept, *sorted(names.get(job, job) for ids in after for job in ids)]
 
     given = [plain(line.rstrip("\0").split("\0")) for line in log.read_text().splitlines()]
-    commands = [shlex.split(line) for line in shown.splitlines() if line.startswith("PIPELINE_")]
-    planned = [plain(command[command.index("sbatch") :]) for command in commands]
+    commands = [shlex.split(line) for line in shown.splitlines() if line.startswith("sbatch ")]
+    planned = [plain(command) for command in commands]
+    assert shown.count(f"export PIPELINE_PYTHON={sys.executable} PIPELINE_CODE={tmp_path}/root/code/") == 1
     assert planned == given
     assert len(given) == 12  # eleven tasks, and a preflight for both trainings
     assert "pretrain: jobs of 3:00:00 at the most; disk: " in shown

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipeline.errors import TrainingError
+from pipeline.errors import Lost
 from pipeline.training.heartbeat import BEAT_BYTES, END, Heart, Pulse, blame, read_pulse
 
 NOW, TIMEOUT = 1000.0, 30.0
@@ -94,7 +94,7 @@ def test_a_rank_that_does_not_move_leaves_the_reason_and_ends(tmp_path, capfd):
     _, left = stall(tmp_path, ends)
     assert ends.came.wait(20)
     assert time.monotonic() - began >= 0.4
-    assert ends.status == TrainingError.exit_status == 5
+    assert ends.status == Lost.exit_status == 4
     assert re.match(
         r"rank 0 of 1 has been in phase 'feed' of step 4 for \d s; .* the same command continues", str(left[0])
     )

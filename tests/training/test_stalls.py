@@ -11,7 +11,7 @@ import pytest
 from support import PROJECT
 
 from pipeline.env import StopRequest
-from pipeline.errors import TrainingError
+from pipeline.errors import Lost
 from pipeline.launch import local
 from pipeline.launch.lock import begin_attempt, locked
 
@@ -71,7 +71,7 @@ def exists(process):
 )
 def test_a_rank_that_stands_still_is_named(run, world, rank, phase, way, how):
     began = time.monotonic()
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises(Lost) as caught:
         run(world, rank=rank, phase=phase, way=way)
     assert time.monotonic() - began < 60
     message = str(caught.value)
@@ -93,7 +93,7 @@ def test_a_rank_that_stands_still_is_named(run, world, rank, phase, way, how):
 
 
 def test_a_run_that_stalled_can_be_started_again(run):
-    with pytest.raises(TrainingError, match="rank 1 of 2"):
+    with pytest.raises(Lost, match="rank 1 of 2"):
         run(2, rank=1, phase="feed", way="sleep")
     run(2)
     assert not any(map(exists, processes(run.directory)))
