@@ -53,8 +53,8 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
             data, job = _resolve(config)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 job = _name_point(data, job)
-                point = " ".join(HydraConfig.get().overrides.task).replace("++", "")
-                print(f"\n[{job if _is_slurm(data) else len(statuses)}] {point}", flush=True)
+                print(f"\n[{job if _is_slurm(data) else len(statuses)}] {' '.join(_words(arguments))}", flush=True)
+            sys.argv = ["pipeline", *_words(arguments)]  # for the record of the job: not Hydra's grammar
             statuses.append(act(data, job))
             refused.extend([job] if job and statuses[-1] and _is_slurm(data) else [])
         except Exception as error:  # kept for later: Hydra would print it in its own way
@@ -78,6 +78,13 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
         points = len(statuses) - 1
         print(f"\n{points - len(refused)} of {points} points went through; refused: {', '.join(refused)}", flush=True)
     return max(statuses)
+
+
+def _words(arguments: Sequence[str]) -> list[str]:
+    """Return the words of this point of a sweep, or of the command if it is none, as a person says them."""
+    files = [argument for argument in arguments if argument.startswith("job=") and argument.endswith((".yaml", ".yml"))]
+    words = [word.removeprefix("++") for word in HydraConfig.get().overrides.task]
+    return [files[0] if files and word.startswith("job=") else word for word in words]
 
 
 def _is_slurm(data: Mapping[str, Any]) -> bool:

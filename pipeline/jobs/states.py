@@ -123,6 +123,7 @@ class JobStatus:
             "exit_status": self.exit_status,
             "launcher": self.record.launcher,
             "submitted": self.record.submitted,
+            "command": self.record.command,
             "problem": self.problem,
             "tasks": [asdict(task) for task in self.tasks],
         }

@@ -1,8 +1,8 @@
 """`python -m pipeline status [JOB] [--watch] [--json] [root=DIR]`: how far jobs are, or the tasks of one job.
 
 --watch shows it again and again until nothing waits or runs any more; Ctrl-C only ends the looking. --json prints one
-object for scripts: {"job", "state", "exit_status", "launcher", "submitted", "problem", "tasks": [{"name", "kind",
-"state", "reason", "job_id", "shared_with", "nodes", "tries", "elements", "done", "total", "noun", "ranks_done",
+object for scripts: {"job", "state", "exit_status", "launcher", "submitted", "command", "problem", "tasks": [{"name",
+"kind", "state", "reason", "job_id", "shared_with", "nodes", "tries", "elements", "done", "total", "noun", "ranks_done",
 "ranks", "loss", "tokens_per_s", "left_s", "error", "exit_status", "directory"}, ...]}; without JOB a list of those. A
 state is "done", "running", "waiting", "failed", "lost" (ended without a word), "cancelled", "stopped" (its state is
 saved; retry continues it), "never started", "unknown" where SLURM does not answer, or of a job "damaged", whose record
@@ -26,7 +26,7 @@ from rich.text import Text
 from pipeline.errors import ArtifactError
 from pipeline.jobs.evidence import directory_of
 from pipeline.jobs.look import look
-from pipeline.jobs.record import RECORD, read_record
+from pipeline.jobs.record import RECORD, JobRecord, read_record
 from pipeline.jobs.states import CANCELLED, DONE, FAILED, LOST, RUNNING, WAITED, WAITING, JobStatus, TaskStatus
 from pipeline.jobs.words import parse, say
 from pipeline.progress import clock, terminal_width
@@ -36,6 +36,7 @@ REFRESH_S = 3.0
 DAMAGED = "damaged"
 STYLES = {DONE: "green", RUNNING: "cyan", FAILED: "red", LOST: "red", CANCELLED: "yellow", DAMAGED: "red"}
 LESS_TELLING = ("node", "tokens/s", "job id", "loss")  # in this order
+OF_ALL = ("job=", "stage=", "root=", "run=", "run.", "tracker")  # words of any command
 UNBOUNDED = 1000  # columns, where nobody sees a terminal
 
 
@@ -88,7 +89,7 @@ def _look(root: Path, name: str | None) -> _Found:
 
 def _as_json(found: _Found, is_one: bool, indent: int | None) -> str:
     plain = [one.plain() for one in found.jobs]
-    unknown = {"exit_status": ArtifactError.exit_status, "launcher": None, "submitted": None}
+    unknown = {"exit_status": ArtifactError.exit_status, "launcher": None, "submitted": None, "command": None}
     for name, problem in found.damaged.items():
         plain.append({"job": name, "state": DAMAGED, **unknown, "problem": problem, "tasks": []})
     return json.dumps(plain[0] if is_one else plain, indent=indent, ensure_ascii=False)
@@ -143,16 +144,23 @@ def _text(page: Group) -> str:
 
 
 def _jobs(found: _Found) -> Table:
-    table = _table("job", "state", "done", "now", "started", "on")
+    table = _table("job", "state", "done", "now", "started", "on", "with")
     for one in found.jobs:
         now = [task for task in one.tasks if task.state == one.state and task.state != DONE]
         what = ", ".join(task.name for task in now[:3]) + (", …" if len(now) > 3 else "")
         done = f"{sum(task.state == DONE for task in one.tasks)}/{len(one.tasks)}"
         state = Text(one.state, STYLES.get(one.state, ""))
-        table.add_row(one.record.name, state, done, what, one.record.submitted, one.record.launcher)
+        table.add_row(
+            one.record.name, state, done, what, one.record.submitted, one.record.launcher, _settings(one.record)
+        )
     for name in found.damaged:
-        table.add_row(name, Text(DAMAGED, STYLES[DAMAGED]), "", "", "", "")
+        table.add_row(name, Text(DAMAGED, STYLES[DAMAGED]), "", "", "", "", "")
     return table
+
+
+def _settings(record: JobRecord) -> str:
+    """Return the words of a command that say what is made: they tell the points of a sweep apart."""
+    return " ".join(word for word in record.command if "=" in word and not word.startswith(OF_ALL))
 
 
 def _tasks(job: JobStatus, width: int | None) -> Table:
@@ -248,5 +256,5 @@ def _table(*headings: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in headings:
         right = heading in ("loss", "tokens/s", "left")
-        table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=True)
+        table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=heading != "with")
     return table

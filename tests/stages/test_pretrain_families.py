@@ -167,6 +167,12 @@ def test_t5_learns_spans(train, tokens, tmp_path):
     found = make(Evaluate(model="@m", tokens="@t"), {"model": model, "tokens": tokens}, tmp_path / "evaluate")
     assert found.stats["predicted"] < found.stats["tokens"]
     assert Evaluate.headline(found.stats)[1] == f"loss span_corruption {found.stats['loss']:.3f}"
+    batches = json.loads((tmp_path / "evaluate/work/progress/00000.json").read_text())
+    assert (batches["done"], batches["noun"]) == (batches["total"], "batches")
+    asked = iter([False, True])
+    with pytest.raises(Preempted, match=rf"evaluate after 1 of {batches['total']} batches; it will begin again"):
+        inputs = {"model": model, "tokens": tokens}
+        make(Evaluate(model="@m", tokens="@t"), inputs, tmp_path / "stopped", should_stop=lambda: next(asked))
 
 
 @pytest.mark.parametrize(
