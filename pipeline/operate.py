@@ -12,7 +12,7 @@ from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.jobs.record import JobRecord
 from pipeline.jobs.words import say
-from pipeline.launch.slurm import Slurm
+from pipeline.launch.slurm import Slurm, is_array
 from pipeline.plan import Command, Task
 from pipeline.progress import clock, terminal_width
 from pipeline.remote import is_url, open_anywhere
@@ -74,9 +74,9 @@ def describe_run(task: Task | FrozenTask) -> str:
     ranks = f"{run.ranks} rank{'s' if run.ranks > 1 else ''}"
     if not isinstance(run, Slurm):
         return f"{run.kind}, {ranks}"
-    if task.stage.ranks == "units":
+    if is_array(run, task.stage):
         return f"array of {run.ranks}"
-    gpus = f", {run.gpus_per_node} GPUs on each" if run.gpus_per_node else ""
+    gpus = f", {run.gpus_per_node} GPU{'s' * (run.gpus_per_node > 1)} on each" if run.gpus_per_node else ""
     return f"{run.nodes} node{'s' if run.nodes > 1 else ''}, {ranks}{gpus}"
 
 

@@ -1,5 +1,6 @@
 """Every YAML file of conf/ and jobs/ composes and decodes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,14 @@ def test_data_tasks_of_the_example_clusters_ask_for_no_gpus_and_no_whole_nodes(c
         cluster != "cpu_cluster"
     )
     assert not [flag for flag in one if "exclusive" in flag or flag == "--mem=240G"]
+
+
+@pytest.mark.parametrize("cluster", ["cpu_cluster", "a100", "h100_ib"])
+def test_the_command_at_the_head_of_an_example_cluster_plans_the_quickstart(cluster, tmp_path):
+    head = (PROJECT / f"conf/run/{cluster}.yaml").read_text().partition("defaults:")[0]
+    (words,) = re.findall(r"python -m pipeline (.*)", head)
+    done = run_pipeline(*words.replace("run=NAME", f"run={cluster}").split(), f"root={tmp_path}", PATH=str(tmp_path))
+    assert "11 of 11 tasks would run" in done.stdout
 
 
 def composed(*words: str) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.errors import LaunchError
 from pipeline.jobs.record import JobRecord
 from pipeline.launch.local import PACKAGE
-from pipeline.launch.slurm import Slurm, sbatch_flags
+from pipeline.launch.slurm import Slurm, is_array, sbatch_flags
 from pipeline.probe import NOT_CODE, code_digest
 from pipeline.worker import FrozenTask
 
@@ -25,7 +25,7 @@ def task_words(job: JobRecord, task: FrozenTask, limit_s: int | None, after: Seq
         after: Ids of the SLURM jobs that have to end well before.
         token: A comment that no other job has.
     """
-    log = "job-%5a.log" if task.stage.ranks == "units" else "job.log"
+    log = "job-%5a.log" if is_array(_run(task), task.stage) else "job.log"
     dependency = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
     flags = [*dependency, *sbatch_flags(_run(task), task.stage, limit_s)]
     return _words(job, task, f"{job.name}.{task.name}", log, token, flags)

@@ -1,6 +1,7 @@
 """What a cluster would refuse of a job, said before anything is frozen or submitted; all of it together."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -164,8 +165,10 @@ def refusals(root: Path, tasks: Sequence[FrozenTask], cluster: Cluster | None, s
 
 def _broken(setup: Iterable[str]) -> Iterator[str]:
     """Say which lines of `run.setup` are no shell: each is read for itself."""
+    if (bash := shutil.which("bash")) is None:
+        return
     for line in setup:
-        read = subprocess.run(["bash", "-n", "-c", line], capture_output=True, text=True)
+        read = subprocess.run([bash, "-n", "-c", line], capture_output=True, text=True)
         if read.returncode:
             said = read.stderr.splitlines()[0].rpartition(": ")[2]
             yield f"run.setup: '{line}' is no whole command of bash ({said}); each line stands alone, an if with its fi"
@@ -247,6 +250,7 @@ def _place(setting: str, task: FrozenTask, said: Slurm | None) -> str:
     if said is not None and setting:
         if getattr(said.tasks.get(task.name), setting, None) is not None:
             return f"run.tasks.{task.name}.{setting}"
-        if not uses_device(task.stage) and getattr(said.data, setting, None) is not None:
-            return f"run.data.{setting}"
+        layer = "model" if uses_device(task.stage) else "data"
+        if task.stage.ranks != "group" and getattr(getattr(said, layer), setting, None) is not None:
+            return f"run.{layer}.{setting}"
     return f"run.{setting}" if setting else "run"

@@ -28,7 +28,7 @@ from pipeline.jobs.words import say
 from pipeline.launch import scheduler
 from pipeline.launch.claim import Claim, forget_claim, live_claim, write_claim
 from pipeline.launch.lock import forget_tries
-from pipeline.launch.slurm import Slurm
+from pipeline.launch.slurm import Slurm, is_array
 from pipeline.operate import print_submitted
 from pipeline.perform import want, wanted
 from pipeline.plan import Command, Task
@@ -143,7 +143,7 @@ class Submission:
     ) -> None:
         self.root, self.tasks, self.cluster, self.stop = root, tasks, cluster, stop
         self.planned = planned.model_copy(update={"host": None, "pid": None})
-        arrays = {task.name for task in tasks if task.stage.ranks == "units"}
+        arrays = {task.name for task in tasks if isinstance(task.run, Slurm) and is_array(task.run, task.stage)}
         self._records = {
             record.name: record.model_copy(update={"is_array": record.name in arrays}) for record in planned.tasks
         }

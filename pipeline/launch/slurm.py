@@ -53,14 +53,16 @@ class Slurm(Run):
 
     Attributes:
         partition ... flags: As of `Resources`, for the trainings.
-        data: What other tasks ask for instead; nodes, GPUs, memory and constraint of the trainings are not for them.
+        data: What tasks without a model ask for instead; nodes, GPUs, memory, constraint of the trainings are not theirs.
+        model: What tasks that compute with a model but do not train ask for instead of what one rank of a training has.
         tasks: What a task asks for instead, by its name.
         setup: Lines of shell that make the environment of a job: modules, an environment to activate.
         python: The interpreter; null is that of the submission, or where there is a setup what it calls python.
         container: Words before the interpreter of every rank: "apptainer exec --nv IMAGE".
         srun: More flags of srun, as they are.
         environment: Variables of every rank: of NCCL and the interconnect.
-        elastic: The fewest nodes that a training goes on with where it cannot have all; null is all of them.
+        elastic: The fewest nodes that a training goes on with where it cannot have all; null is all of them, and so are
+            more than `nodes`.
         preflight: Whether the nodes are tried by a short job before a training on several of them.
         notice_s: How long before the end of a job's time its training is told to save and stop; where saving took so
             long that twice as much is more, that.
@@ -81,6 +83,7 @@ class Slurm(Run):
     at_once: int | None = Field(default=None, ge=1)
     flags: list[str] = []
     data: Resources = Resources()
+    model: Resources = Resources()
     tasks: dict[TaskName, Resources] = {}
     setup: list[str] = []
     python: str | None = None
@@ -106,12 +109,6 @@ class Slurm(Run):
             raise ValueError(f"{ranks} ranks do not spread over {nodes} nodes; say run.ranks_per_node alone")
         return {**data, "ranks": ranks or nodes * each}
 
-    @model_validator(mode="after")
-    def _check_elastic(self) -> Self:
-        if self.elastic is not None and self.elastic > self.nodes:
-            raise ValueError(f"run.elastic: {self.elastic} nodes at the least are more than run.nodes, {self.nodes}")
-        return self
-
     @property
     def each(self) -> int:
         """Ranks of a training on each of its nodes."""
@@ -121,8 +118,9 @@ class Slurm(Run):
         """Return the settings of one task, with `ranks` all of its processes."""
         data = {field: getattr(self, field) for field in type(self).model_fields}
         layers = [self.tasks.get(name, Resources())]
+        if stage.ranks != "group":
+            layers.insert(0, self.model if uses_device(stage) else self.data)
         if not (on_device := uses_device(stage)):
-            layers.insert(0, self.data)
             data |= {field: type(self).model_fields[field].default for field in OF_TRAINING}
         for layer in layers:
             data |= {field: value for field, value in layer if value is not None}
@@ -137,7 +135,7 @@ class Slurm(Run):
                 data |= {"gpus_per_node": min(data["gpus_per_node"], 1), "memory_per_node": memory}
         if data["nodes"] <= (data["elastic"] or 0):
             data["elastic"] = None
-        return self.model_copy(update={**data, "tasks": {}, "data": Resources()})
+        return self.model_copy(update={**data, "tasks": {}, "data": Resources(), "model": Resources()})
 
     def on(self, nodes: int) -> Self:
         """Return the same on another number of nodes."""
@@ -150,6 +148,11 @@ def share_of(memory: str | None, parts: int) -> str | None:
         return memory
     number, unit = int(memory.rstrip("KMGT")), memory.lstrip("0123456789") or "M"
     return f"{max(1, int(number * 1024.0 ** ('KMGT'.index(unit) - 1) / parts))}M"
+
+
+def is_array(run: Slurm, stage: Stage) -> bool:
+    """Return whether a task is an array of jobs; `run` is of this task, from `Slurm.of`."""
+    return stage.ranks == "units" and run.ranks > 1
 
 
 def uses_device(stage: Stage) -> bool:
@@ -183,7 +186,7 @@ def sbatch_flags(run: Slurm, stage: Stage, limit_s: int | None) -> list[str]:
     if run.time is not None:
         wanted = seconds_of(run.time)
         flags.append(f"--time={-(-limit_s // 60) if limit_s and wanted and wanted > limit_s else run.time}")
-    if stage.ranks == "units":
+    if is_array(run, stage):
         share = f"%{run.at_once}" if run.at_once else ""
         flags += [f"--array=0-{run.ranks - 1}{share}", "--nodes=1", "--ntasks=1"]
     else:

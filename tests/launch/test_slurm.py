@@ -89,8 +89,19 @@ def test_elastic_asks_for_a_range_of_nodes():
     run = slurm(nodes=4, elastic=2).of("train", PRETRAIN)
     assert "--nodes=2-4" in sbatch_flags(run, PRETRAIN, None)
     assert run.on(3).ranks == 3
-    with pytest.raises(ConfigError, match=r"run\.elastic: 5 nodes at the least are more than run\.nodes, 4"):
-        slurm(nodes=4, elastic=5)
+    assert "--nodes=4" in sbatch_flags(slurm(nodes=4, elastic=5).of("train", PRETRAIN), PRETRAIN, None)
+
+
+def test_an_array_of_one_is_none():
+    run = slurm(array=1).of("tokenize", TOKENIZE)
+    assert run.ranks == 1
+    assert not [flag for flag in sbatch_flags(run, TOKENIZE, None) if flag.startswith("--array")]
+
+
+def test_tasks_that_compute_with_a_model_may_ask_for_something_else():
+    run = slurm(partition="gpu", flags=["--exclusive"], model={"partition": "shared", "flags": []})
+    assert (run.of("evaluate", EVALUATE).partition, run.of("evaluate", EVALUATE).flags) == ("shared", [])
+    assert (run.of("train", PRETRAIN).partition, run.of("tokenize", TOKENIZE).partition) == ("gpu", "gpu")
 
 
 def test_a_time_above_the_limit_of_the_partition_becomes_the_limit():

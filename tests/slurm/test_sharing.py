@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from submitted import Submitted, manifest
-from support import MODEL_TASKS, PROJECT, command, run_pipeline
+from support import MODEL_TASKS, PROJECT, command, run_command, run_pipeline
 
 WORDS = ["run=slurm", "run.array=2", "run.threads=1"]
 UNTRAINED = [f"~tasks.{task}" for task in (*MODEL_TASKS, "report")]
@@ -128,7 +128,7 @@ def test_each_point_of_a_sweep_is_a_job_and_what_they_share_is_made_once(sweep):
     root, printed, (first, second) = sweep
     assert "[tiny-0] " in printed
     assert "[tiny-1] " in printed
-    shown = run_pipeline("status", f"root={root}").stdout.splitlines()
+    shown = run_command("status", f"root={root}").stdout.splitlines()
     for line, fraction in zip(shown[1:], ("0.05", "0.1"), strict=True):
         assert line.endswith(f"slurm  tasks.tokenize.held_out_fraction={fraction}"), line
     assert [first.id(task) == second.id(task) for task in first.tasks] == [True] * 4 + [False]
