@@ -53,7 +53,7 @@ class Slurm(Run):
 
     Attributes:
         partition ... flags: As of `Resources`, for the trainings.
-        data: What tasks without a model ask for instead; of the trainings no nodes, GPUs, memory, constraint are theirs.
+        data: What tasks without a model ask for instead; of the trainings neither nodes, GPUs, memory nor constraint.
         model: What tasks that compute with a model but do not train ask for instead of what one rank of a training has.
         tasks: What a task asks for instead, by its name.
         setup: Lines of shell that make the environment of a job: modules, an environment to activate.
