@@ -1,4 +1,4 @@
-"""`python -m pipeline job=NAME | stage=KIND [key=value …] [--plan]`, and the other commands: `verify`, `trace`."""
+"""`python -m pipeline job=NAME | stage=KIND [key=value …] [--plan]`, and the other commands: see COMMANDS."""
 
 import os
 import platform
@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pipeline
 from pipeline.errors import ArtifactError, ConfigError, Interrupted, LaunchError, PipelineError, Preempted
+from pipeline.progress import drop_unwritten, tell
 
 
 class Other(NamedTuple):
@@ -43,7 +45,7 @@ def _task(arguments: Sequence[str]) -> int:
 COMMANDS = {
     "status": Other("[JOB] [--watch] [--json]", "how far jobs are, or the tasks of one", _of("jobs.status")),
     "wait": Other("JOB", "return when a job is over, with its exit status", _of("jobs.wait")),
-    "logs": Other("JOB.TASK [--rank N] [--follow] [--lines N]", "what a rank of a task has printed", _of("jobs.logs")),
+    "logs": Other("JOB.TASK [--rank N] [--job] [--follow] [--lines N]", "what a rank has printed", _of("jobs.logs")),
     "cancel": Other("JOB[.TASK]", "end what waits or runs of a job; what is done or saved stays", _of("jobs.cancel")),
     "retry": Other("JOB", "start again what of a job did not end well, exactly as it was", _of("jobs.retry")),
     "verify": Other("PATH|URL|JOB.TASK ...", "read artifacts in full: is every file what it was?", _of("verify")),
@@ -65,35 +67,42 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR2):  # until a job runs, nothing can be lost
         signal.signal(number, lambda *_: sys.exit(Preempted.exit_status))
     try:
-        if sys.argv[1:] == ["--version"]:
-            print(pipeline.__version__)
-            return
-        if sys.argv[1:] and sys.argv[1].isidentifier():
-            sys.exit(_run_command(sys.argv[1], sys.argv[2:]))
-        stage = next((word.removeprefix("stage=") for word in sys.argv if word.startswith("stage=")), None)
-        if stage is not None and {"--help", "-h"} & set(sys.argv):
-            from pipeline.operate import print_settings
-
-            print_settings(stage)
-            return
-        from pipeline.compose import compose
-
-        asks_help = {"--help", "-h"} & set(sys.argv)  # compose changes it
         try:
-            status = compose(sys.argv[1:], act)
-        finally:  # Hydra exits when it has printed its help
-            if asks_help:
-                print("\nOther commands:", *map(_usage, COMMANDS), sep="\n  ")
-    except PipelineError as error:
-        status = _say(error)
+            status = _run(sys.argv[1:])
+        except PipelineError as error:
+            status = _say(error)
+        sys.stdout.flush()
     except BrokenPipeError:  # as in `… | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        status = 128 + signal.SIGPIPE
     except (ModuleNotFoundError, OSError) as error:
         status = _say(_explained(error))
     except KeyboardInterrupt:
         status = Interrupted.exit_status
     sys.exit(status)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run a command line; return its exit status."""
+    asks_help = bool({"--help", "-h"} & set(arguments))
+    choice = next((word for word in arguments if word.startswith(("stage=", "run="))), None)
+    if arguments == ["--version"]:
+        print(pipeline.__version__)
+    elif arguments and "=" not in arguments[0] and arguments[0][:1] not in ("-", "+", "~"):
+        return _run_command(arguments[0], arguments[1:])
+    elif asks_help and choice is not None:
+        from pipeline.operate import print_settings
+
+        print_settings(*choice.split("=", 1))
+    else:
+        from pipeline.compose import compose
+
+        try:
+            return compose(arguments, act)
+        finally:  # Hydra exits when it has printed its help
+            if asks_help:
+                print("\nOther commands:", *map(_usage, COMMANDS), sep="\n  ")
+    return 0
 
 
 def _explained(error: ModuleNotFoundError | OSError) -> PipelineError:
@@ -102,18 +111,23 @@ def _explained(error: ModuleNotFoundError | OSError) -> PipelineError:
         return ArtifactError(f"{error.filename or 'input'}: {error.strerror}")
     if (error.name or "").partition(".")[0] == pipeline.__name__:
         raise error
+    by_hand = "PIPELINE_ALLOCATION" in os.environ and not {"task", "preflight"} & set(sys.argv[1:2])
+    where = "PIPELINE_SETUP or PIPELINE_PYTHON" if by_hand else "run.setup or run.python"
     return LaunchError(
         f"{sys.executable} on {platform.node()} has no '{error.name}', which the pipeline needs; take the Python that "
-        "it is installed for: run.setup or run.python says where a node has it"
+        f"it is installed for: {where} says where a node has it"
     )
 
 
 def _run_command(name: str, arguments: Sequence[str]) -> int:
     """Run another command than a job or a stage. Raises ConfigError if there is none of this name."""
     if name not in COMMANDS:
+        from pipeline.compose import CONF
         from pipeline.settings import nearest
 
-        raise ConfigError(f"no command is called '{name}' (a job is run by job=NAME){nearest(name, list(COMMANDS))}")
+        is_job = Path(name).is_file() or (CONF / f"job/{name}.yaml").exists()
+        hint = f"; did you mean 'job={name}'?" if is_job else nearest(name, list(COMMANDS))
+        raise ConfigError(f"no command is called '{name}' (a job is run by job=NAME){hint}")
     if {"--help", "-h"} & set(arguments):
         print(_usage(name), *_details(name), sep="\n")
         return 0
@@ -143,6 +157,7 @@ def act(data: dict[str, Any], job: str | None) -> int:
 
     try:
         command = decode(Command, data)
+        job = command.name or job
         tasks = plan(command, job)
         if command.plan and isinstance(command.run, Slurm) and not is_in_allocation():
             from pipeline.jobs.preview import preview
@@ -159,7 +174,10 @@ def act(data: dict[str, Any], job: str | None) -> int:
             return 0
         ran = [task.name for task in tasks if task.done is None]
         execute(tasks, command, job, report=print_task)
-        print_end(tasks, ran, command, job)
+        try:
+            print_end(tasks, ran, command, job)
+        except OSError:  # all is made, whether anybody can be told or not
+            drop_unwritten(sys.stdout)
     except PipelineError as error:
         status = _say(error)
         if is_in_allocation():
@@ -167,6 +185,8 @@ def act(data: dict[str, Any], job: str | None) -> int:
 
             return begin_again(error)
         return status
+    except BrokenPipeError:  # nothing is wrong with the output
+        raise
     except OSError as error:
         return _say(ArtifactError(f"{error.filename or 'output'}: {error.strerror}; root=DIR chooses another place"))
     return 0
@@ -177,9 +197,9 @@ def _say(error: PipelineError) -> int:
     problems = error.problems if isinstance(error, ConfigError) else (str(error),)
     for problem in problems:
         if isinstance(error, Preempted):
-            print(f"stopped: {problem}; run the same command to continue", file=sys.stderr)
+            tell(f"stopped: {problem}; run the same command to continue", sys.stderr)
         else:
-            print(f"error: {problem}", file=sys.stderr)
+            tell(f"error: {problem}", sys.stderr)
     return error.exit_status
 
 

@@ -8,23 +8,25 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.artifact import MANIFEST, WORK, open_artifact
 from pipeline.env import Share, StopRequest
 from pipeline.errors import ConfigError, LaunchError, Lost, PipelineError, Preempted
 from pipeline.execute import link
-from pipeline.jobs.successor import submit_successor
 from pipeline.launch import scheduler
 from pipeline.launch.lock import slurm_job
 from pipeline.launch.slurm import Slurm
 from pipeline.perform import perform, wanted
 from pipeline.plan import stage_of
+from pipeline.progress import tell
 from pipeline.worker import FrozenTask, read_task
 
 OF_THE_CLUSTER = ("TimeLimit", "NodeDown")  # why SLURM ends a job that nobody has cancelled
 PATIENCE_S = 600.0  # of a job that has come to its end without a controller to ask
 PAUSE_S = 5.0
+SEEN_S = 60.0  # until a manifest shows: a network's disk may remember for so long that it was not there
 TAIL_BYTES = 4096  # of a log
 
 
@@ -39,18 +41,28 @@ def run_task(arguments: Sequence[str], stop: StopRequest) -> int:
         raise ConfigError("task: wanted one directory of a submitted task, in a job of SLURM; run=slurm submits one")
     directory = Path(arguments[0])
     task = read_task(directory / WORK / "task.json")
-    comeback = Comeback(task)
+    comeback = Comeback()
     stop.hand_on = lambda: threading.Thread(target=comeback.secure, daemon=True).start()
     try:
+        _await_inputs(task, stop)
         fitted, share = _fit(task)
         perform(fitted, share, stop, anew=False)
     except (Lost, Preempted) as error:
-        print(f"{task.name}: {error}", file=sys.stderr, flush=True)
+        tell(f"{task.name}: {error}", sys.stderr)
         return comeback.arrange(error)
     if (directory / MANIFEST).exists():
         for job, name in wanted(directory):
             link(directory.parent.parent, job, name, directory)
     return 0
+
+
+def _await_inputs(task: FrozenTask, stop: StopRequest) -> None:
+    """Return once this node sees what the tasks before have made, or does not see it for too long."""
+    deadline = time.monotonic() + SEEN_S
+    while not all((Path(path) / MANIFEST).exists() for path in task.inputs.values()):
+        if stop or time.monotonic() > deadline or (Path(task.directory) / MANIFEST).exists():
+            return
+        time.sleep(1)
 
 
 def _fit(task: FrozenTask) -> tuple[FrozenTask, Share]:
@@ -75,17 +87,14 @@ def _shrink(task: FrozenTask, run: Slurm, nodes: int) -> Slurm:
     upstream = {name: stage_of(open_artifact(Path(path))) for name, path in task.inputs.items()}
     for fewer in range(nodes, (run.elastic or run.nodes) - 1, -1):
         if not list(task.stage.check(upstream, run.on(fewer))):
-            print(
-                f"{task.name}: on {fewer} node{'s' if fewer > 1 else ''} instead of {run.nodes} (run.elastic)",
-                flush=True,
-            )
+            tell(f"{task.name}: on {fewer} node{'s' if fewer > 1 else ''} instead of {run.nodes} (run.elastic)")
             return run.on(fewer)
     raise LaunchError(f"{task.name}: cannot be spread over {nodes} nodes or fewer; see run.elastic and run.nodes")
 
 
 def begin_again(error: PipelineError) -> int:
     """Let the job that runs a command by hand begin again, where that may help; return its exit status."""
-    return Comeback(None).arrange(error) if isinstance(error, Lost | Preempted) else error.exit_status
+    return Comeback().arrange(error) if isinstance(error, Lost | Preempted) else error.exit_status
 
 
 class Comeback:
@@ -96,9 +105,8 @@ class Comeback:
     says so; the others were cancelled.
     """
 
-    def __init__(self, task: FrozenTask | None) -> None:
-        """Know what this job runs: a task, which a successor could go on with, or null for a command by hand."""
-        self._task, self._job = task, slurm_job() or ""
+    def __init__(self) -> None:
+        self._job = slurm_job() or ""
         self._lock, self._arranged = threading.Lock(), False
 
     def secure(self) -> None:
@@ -109,7 +117,8 @@ class Comeback:
             except LaunchError:
                 return
             if told["JobState"] != "RUNNING" and not self._arranged and not self._is_cancelled(told):
-                self._begin(told)
+                with suppress(LaunchError):  # it is tried again at the end
+                    self._begin(told)
 
     def arrange(self, error: PipelineError) -> int:
         """Let the job begin again; return its exit status now."""
@@ -118,14 +127,14 @@ class Comeback:
                 if not self._arranged:
                     told = self._ask()
                     if self._is_cancelled(told):
-                        print("this job was cancelled", flush=True)
+                        tell("this job was cancelled")
                         return error.exit_status
                     self._begin(told)
             except LaunchError as problem:
-                print(
+                tell(
                     f"this job cannot be begun again ({problem}); its state is saved: `python -m pipeline retry` "
                     "submits it",
-                    file=sys.stderr,
+                    sys.stderr,
                 )
                 return error.exit_status
         return Preempted.exit_status
@@ -146,15 +155,10 @@ class Comeback:
             try:
                 scheduler.requeue(self._job)
             except LaunchError:
-                if not _comes_by_itself(told := self._ask()):
-                    if self._task is None or self._is_cancelled(told):
-                        raise
-                    successor = submit_successor(self._task, self._job)
-                    print(f"SLURM begins no job again here; SLURM job {successor} goes on with this task", flush=True)
-                    self._arranged = True
-                    return
+                if not _comes_by_itself(self._ask()):
+                    raise
         self._arranged = True
-        print("SLURM begins this job again", flush=True)
+        tell("SLURM begins this job again")
 
     def _is_cancelled(self, told: Mapping[str, str]) -> bool:
         if told["JobState"] == "RUNNING" or _comes_by_itself(told) or told["Reason"] in OF_THE_CLUSTER:
@@ -167,7 +171,7 @@ def _comes_by_itself(told: Mapping[str, str]) -> bool:
 
 
 def _was_preempted(told: Mapping[str, str]) -> bool:
-    """Return whether SLURM wrote into the log of a job that may not be begun again that others need its nodes."""
+    """Return whether SLURM wrote into the log of a job that it ends for others (PreemptMode=CANCEL) that it did so."""
     try:
         log = Path(told["StdOut"]).read_bytes()[-TAIL_BYTES:]
     except (OSError, KeyError):

@@ -5,6 +5,7 @@ Hydra's advice to add the key. Groups (`job=`, `stage=`, `run=`, `tracker=`, `mo
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,6 +28,15 @@ PACKAGE = Path(__file__).resolve().parent
 CONF = next((d for d in (PACKAGE / "conf", PACKAGE.parent / "conf") if d.is_dir()), PACKAGE / "conf")  # wheel, checkout
 
 STOPPED = (Preempted.exit_status, Interrupted.exit_status)
+YAML = (".yaml", ".yml")
+GIVEN = "given"  # what Hydra calls the file of job=PATH.yaml or run=PATH.yaml
+JOB_NAME = re.compile(r"\w[\w.-]{0,63}")  # becomes part of paths, of commands and of the names of SLURM jobs
+FLAGS = (
+    *("--plan", "--help", "-h", "--multirun", "-m", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i"),
+    *("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--hydra-help", "--experimental-rerun"),
+    *("--run", "-r", "--shell-completion", "-sc"),
+)
+PLAN = ("--dry-run", "--dryrun", "--test-only", "-n")  # what others call --plan
 
 
 def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None], int]) -> int:
@@ -43,6 +53,7 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
         ConfigError: If Hydra cannot compose it.
     """
     statuses = [0]
+    given = _given_files(arguments)
     refused: list[str] = []
     failures: list[Exception] = []
 
@@ -50,13 +61,15 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
         if statuses[-1] in STOPPED:  # the rest of a sweep
             return
         try:
-            data, job = _resolve(config)
+            data, job = _resolve(config, given.get("job"))
+            words = _words(arguments)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                job = _name_point(data, job)
-                print(f"\n[{job if _is_slurm(data) else len(statuses)}] {' '.join(_words(arguments))}", flush=True)
-            sys.argv = ["pipeline", *_words(arguments)]  # for the record of the job: not Hydra's grammar
+                data, job = _name_point(data, job)
+                point = data.get("name") or job if _is_slurm(data) else len(statuses)
+                print(f"\n[{point}] {' '.join(words)}", flush=True)
+            sys.argv = ["pipeline", *words]  # for the record of the job: not Hydra's grammar
             statuses.append(act(data, job))
-            refused.extend([job] if job and statuses[-1] and _is_slurm(data) else [])
+            refused.extend([str(data.get("name") or job)] if statuses[-1] and _is_slurm(data) else [])
         except Exception as error:  # kept for later: Hydra would print it in its own way
             failures.append(error)
 
@@ -64,14 +77,12 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as exceptions
     try:
         with TemporaryDirectory() as scratch:
-            sys.argv = ["pipeline", *_translate(_find_job_files(arguments, Path(scratch)))]
+            sys.argv = ["pipeline", *_translate(_place_files(arguments, given, Path(scratch)))]
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(entry)()
     except MissingConfigException as error:
         raise ConfigError(_explain_missing(error)) from None
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        hint = "; a value with other signs than letters goes into quotes of its own: 'KEY=\"<|end|>\"'"
-        problem = _in_one_line(error).replace("++", "")
-        raise ConfigError(f"command line: {problem}{hint if 'Lexer' in problem else ''}") from None
+        raise ConfigError(f"command line: {_in_one_line(error).replace('++', '')}{_hint(error)}") from None
     if failures:
         raise failures[0]
     if refused and len(statuses) > 2:
@@ -80,22 +91,36 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
     return max(statuses)
 
 
+def _hint(error: Exception) -> str:
+    if not isinstance(error, OverrideParseException):
+        return ""
+    if "missing EQUAL" in str(error):
+        return "; wanted KEY=VALUE"
+    return "; a value with other signs than letters goes into quotes of its own: 'KEY=\"<|end|>\"', 'KEY=[\"--a=b\"]'"
+
+
 def _words(arguments: Sequence[str]) -> list[str]:
     """Return the words of this point of a sweep, or of the command if it is none, as a person says them."""
-    files = [argument for argument in arguments if argument.startswith("job=") and argument.endswith((".yaml", ".yml"))]
+    said = {f"{group}={GIVEN}": argument for argument in arguments if (group := _file_group(argument))}
     words = [word.removeprefix("++") for word in HydraConfig.get().overrides.task]
-    return [files[0] if files and word.startswith("job=") else word for word in words]
+    words = [word.removesuffix("=null") if word.startswith("~") else word for word in words]  # which Hydra adds
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    flags = [word for flag, value in pairs if flag == "--config-dir" for word in (flag, value)]
+    return [*flags, *(said.get(word, word) for word in words)]
 
 
 def _is_slurm(data: Mapping[str, Any]) -> bool:
     return isinstance(run := data.get("run"), dict) and run.get("kind") == "slurm"
 
 
-def _name_point(data: Mapping[str, Any], job: str | None) -> str | None:
-    """Return the name of a point of a sweep: under SLURM all of them run side by side, so each is a job of its own."""
+def _name_point(data: dict[str, Any], job: str | None) -> tuple[dict[str, Any], str | None]:
+    """Name a point of a sweep: under SLURM all of them run side by side, so each is a job of its own."""
+    number = HydraConfig.get().job.num
     if not _is_slurm(data):
-        return job
-    return f"{job or HydraConfig.get().runtime.choices.get('stage')}-{HydraConfig.get().job.num}"
+        return data, job
+    if data.get("name") is not None:
+        return {**data, "name": f"{data['name']}-{number}"}, job
+    return data, f"{job or HydraConfig.get().runtime.choices.get('stage')}-{number}"
 
 
 def _replace_mappings(config: DictConfig) -> None:
@@ -107,8 +132,8 @@ def _replace_mappings(config: DictConfig) -> None:
             OmegaConf.update(config, key, value, merge=False, force_add=True)
 
 
-def _resolve(config: DictConfig) -> tuple[dict[str, Any], str | None]:
-    """Return plain data with all interpolations done, and the name of the job."""
+def _resolve(config: DictConfig, file: Path | None) -> tuple[dict[str, Any], str | None]:
+    """Return plain data with all interpolations done, and the name of the job, which may be of a file."""
     try:
         _replace_mappings(config)
         data = OmegaConf.to_container(config, resolve=True)
@@ -117,36 +142,74 @@ def _resolve(config: DictConfig) -> tuple[dict[str, Any], str | None]:
     assert isinstance(data, dict)
     job = HydraConfig.get().runtime.choices.get("job")
     if "job" in data:
-        raise ConfigError(f"jobs/{job}.yaml: its first line must be '# @package _global_'")
+        raise ConfigError(f"{file or f'jobs/{job}.yaml'}: its first line must be '# @package _global_'")
+    if file is not None and job == GIVEN:
+        job = file.stem
     return {str(key): value for key, value in data.items()}, job
 
 
-def _find_job_files(arguments: Sequence[str], scratch: Path) -> Iterator[str]:
-    """Let `job=PATH.yaml` be a file anywhere: put it where Hydra looks for the group. Raises ConfigError."""
+def _file_group(argument: str) -> str | None:
+    """Return the group of which `GROUP=PATH.yaml` gives a file; null if it gives none."""
+    group, _, value = argument.partition("=")
+    return group if group in ("job", "run") and _unquoted(value).endswith(YAML) else None
+
+
+def _unquoted(value: str) -> str:
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+
+
+def _given_files(arguments: Sequence[str]) -> dict[str, Path]:
+    """Return the files of `job=PATH.yaml` and `run=PATH.yaml`, which may be anywhere, by group. Raises ConfigError."""
+    given = {}
     for argument in arguments:
-        group, _, name = argument.partition("=")
-        if group != "job" or not name.endswith((".yaml", ".yml")):
-            yield argument
-            continue
-        path = Path(name).expanduser().resolve()
-        if not path.is_file():
-            raise ConfigError(f"job: {name}: no such file")
-        shipped = CONF / "job" / f"{path.stem}.yaml"
-        if not shipped.exists():
-            (scratch / "job").mkdir()
-            (scratch / "job" / f"{path.stem}.yaml").symlink_to(path)
-            yield f"hydra.searchpath=[file://{scratch}]"
-        elif not shipped.samefile(path):
-            raise ConfigError(f"job: {name}: the pipeline brings a job of this name; give the file another")
-        yield f"job={path.stem}"
+        group, _, value = argument.partition("=")
+        path = Path(_unquoted(value)).expanduser()
+        if _file_group(argument):
+            if not path.is_file():
+                raise ConfigError(f"{group}: {path}: no such file")
+            if group == "job" and not JOB_NAME.fullmatch(path.stem):
+                raise ConfigError(
+                    f"job: {path}: a job is called as its file; wanted a name of up to 64 letters, digits, _, - and ., "
+                    f"found '{path.stem}'"
+                )
+            given[group] = path.absolute()
+        elif group in ("job", "run") and "/" in value and Path(f"{path}.yaml").is_file():
+            raise ConfigError(f"{group}: {path}: a path has to end in .yaml; there is {path}.yaml")
+    return given
+
+
+def _place_files(arguments: Sequence[str], given: Mapping[str, Path], scratch: Path) -> Iterator[str]:
+    """Put the files that were given where Hydra looks for their groups, under a name that it can say."""
+    for group, path in given.items():
+        (scratch / group).mkdir()
+        (scratch / group / f"{GIVEN}.yaml").symlink_to(path)
+    if given:
+        yield f"hydra.searchpath=[file://{scratch}]"
+    for argument in arguments:
+        of_file = _file_group(argument)
+        yield f"{of_file}={GIVEN}" if of_file else argument
 
 
 def _translate(given: Iterable[str]) -> list[str]:
     """Turn a command line into Hydra's grammar: flags first, and keys that may be wrong with ++."""
     arguments = list(given)
+    _refuse_flags(arguments)
     keys = [a for a in arguments if a[:1] in ("+", "~") or ("=" in a and not a.startswith("-"))]
     flags = [a for a in arguments if a not in keys and a != "--plan"]
     return [*flags, *map(_translate_key, keys), *(["++plan=true"] if "--plan" in arguments else [])]
+
+
+def _refuse_flags(arguments: Sequence[str]) -> None:
+    """Refuse flags that there are not, which Hydra answers with a page. Raises ConfigError with the nearest."""
+    unknown = [flag for flag in (word.partition("=")[0] for word in arguments) if flag[:1] == "-" and flag not in FLAGS]
+    if unknown:
+        raise ConfigError(*(f"{flag}: no such flag{_nearest_flag(flag)}" for flag in unknown))
+
+
+def _nearest_flag(flag: str) -> str:
+    if flag in PLAN:
+        return "; did you mean '--plan'?"
+    return f"; did you mean '{flag[2:]}=NAME'?" if _is_group(flag[2:]) else nearest(flag, list(FLAGS))
 
 
 def _translate_key(argument: str) -> str:
@@ -164,10 +227,10 @@ def _is_group(key: str) -> bool:
 
 def _explain_missing(error: MissingConfigException) -> str:
     """Say which name of a group is not there, and which is nearest."""
-    group, _, name = (error.missing_cfg_file or "").rpartition("/")
-    if not group:
+    group, _, name = (error.missing_cfg_file or "").partition("/")
+    if not name:
         return _in_one_line(error)
-    hint = "; job=PATH.yaml takes a file" if group == "job" else ""
+    hint = f"; {group}=PATH.yaml takes a file" if group in ("job", "run") else ""
     return f"{group}: no {group} is called '{name}'{nearest(name, list(error.options or ()))}{hint}"
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +21,9 @@ from pipeline.launch.lock import locked
 from pipeline.launch.scheduler import NoSlurm
 from pipeline.launch.slurm import Slurm
 from pipeline.launch.srun import allocated
-from pipeline.perform import clear, perform, want
+from pipeline.perform import clear, leave_result, perform, want
 from pipeline.plan import Command, Task
+from pipeline.progress import drop_unwritten
 from pipeline.settings import encode
 from pipeline.worker import FrozenTask, commit
 
@@ -85,12 +87,16 @@ def execute_frozen(
         if not (directory / MANIFEST).exists():
             if stop:
                 raise stop.error(f"before {task.name}; the tasks before it are done")
-            check_disk(task, root)
             with deciding(directory):
                 begun = begin(task)
             if begun:
+                _check_disk_of(task, root)
                 perform(task, Share(world=task.run.ranks, first=0, count=task.run.ranks), stop)
-            report(task, open_artifact(directory, task.stage.produces))
+            made = open_artifact(directory, task.stage.produces)
+            try:
+                report(task, made)
+            except OSError:  # the disk with the log is full, or the terminal was closed: no reason to end the job
+                drop_unwritten(sys.stdout)
         if job is not None:
             link(root, job, task.name, directory)
 
@@ -152,6 +158,15 @@ def check_disk(task: FrozenTask, root: Path) -> None:
             f"{task.where}: needs about {need / 1e6:,.3f} MB in {root}, which has {free / 1e6:,.3f} MB free; "
             "make room or choose another root=DIR"
         )
+
+
+def _check_disk_of(task: FrozenTask, root: Path) -> None:
+    """Look that there is room for the output of a task that has been begun; that there is none is its result."""
+    try:
+        check_disk(task, root)
+    except ArtifactError as error:
+        leave_result(Path(task.directory), "", error)
+        raise
 
 
 def link(root: Path, job: str, task: str, target: Path) -> None:

@@ -12,11 +12,12 @@ from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.jobs.record import JobRecord
 from pipeline.jobs.words import say
+from pipeline.launch import AnyRun
 from pipeline.launch.slurm import Slurm, is_array
 from pipeline.plan import Command, Task
 from pipeline.progress import clock, terminal_width
 from pipeline.remote import is_url, open_anywhere
-from pipeline.settings import nearest
+from pipeline.settings import Choice, nearest
 from pipeline.stage import Stage
 from pipeline.stages import AnyStage
 from pipeline.stages.imported import open_input
@@ -80,17 +81,21 @@ def describe_run(task: Task | FrozenTask) -> str:
     return f"{run.nodes} node{'s' if run.nodes > 1 else ''}, {ranks}{gpus}"
 
 
-def print_settings(kind: str) -> None:
-    """Print every setting of a stage, with type and default, and of all that it holds.
+def print_settings(group: str, kind: str) -> None:
+    """Print every setting of a choice, with type and default, and of all that it holds.
+
+    Args:
+        group: "stage", or "run"; any other `kind` of this than "local" is a cluster.
 
     Raises:
         ConfigError: If there is no such stage.
     """
-    stages: dict[str, type[Stage]] = {s.model_fields["kind"].default: s for s in get_args(get_args(AnyStage)[0])}
-    if kind not in stages:
-        raise ConfigError(f"stage: no stage is called '{kind}'{nearest(kind, list(stages))}")
-    schema = stages[kind].model_json_schema()
-    for name, node in {f"stage={kind}": schema, **schema.get("$defs", {})}.items():
+    family = AnyStage if group == "stage" else AnyRun
+    choices: dict[str, type[Choice]] = {c.model_fields["kind"].default: c for c in get_args(get_args(family)[0])}
+    if group == "stage" and kind not in choices:
+        raise ConfigError(f"stage: no stage is called '{kind}'{nearest(kind, list(choices))}")
+    schema = choices.get(kind, Slurm).model_json_schema()
+    for name, node in {f"{group}={kind}": schema, **schema.get("$defs", {})}.items():
         _print(f"{name}: {node.get('description', '')}\n")
         table = _table("key", "type", "default")
         for key, field in node.get("properties", {}).items():
@@ -148,7 +153,7 @@ def print_end(tasks: list[Task], ran: list[str], command: Command, job: str | No
     _print(table)
     if not ran:
         _print("nothing to run: all was made before (run.* and tracker say how, not what; a changed setting reruns)")
-    if job is None and tasks[0].done is not None:
+    if command.stage is not None and tasks[0].done is not None:
         seen = bool(ran) and tasks[0].stage.streams and terminal_width() is not None
         for line in () if seen else tasks[0].stage.show(tasks[0].done):
             _print(line)

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from pipeline.launch import local, srun
 from pipeline.launch.lock import LOCK, STALE_S, begin_attempt, forget_tries, idle_tries, locked, place, slurm_job
 from pipeline.launch.slurm import Slurm
 from pipeline.plan import identify_sources
+from pipeline.progress import tell
 from pipeline.stage import ATTEMPT_FILE, CHECKPOINTS, PROGRESS, SCRATCH
 from pipeline.worker import FrozenTask, publish, read_task
 
@@ -55,7 +56,7 @@ def perform(task: FrozenTask, share: Share, stop: StopRequest, anew: bool = True
                 if share.is_all:
                     _publish(task)
         if not share.is_all:
-            with locked(directory, PUBLISHED_LOCK, patience_s):
+            with locked(directory, PUBLISHED_LOCK, float("inf")):  # which who is gone does not hold
                 if not (directory / MANIFEST).exists() and _have_ended(directory, share.world):
                     _check_world(directory, share)
                     _publish(task)
@@ -77,7 +78,7 @@ def _run_ranks(task: FrozenTask, share: Share, own: str, lock: int, stop: StopRe
             last = error or last_problem(directory, own)
             raise LaunchError(f"{directory}: begun {idle} times without any progress; the last time: {last}")
         if error is not None:
-            print(f"{task.name}: {error}\n{task.name}: begun again", flush=True)
+            tell(f"{task.name}: {error}\n{task.name}: begun again")
         try:
             return _try(task, share, own, lock, stop)
         except (Lost, Preempted) as problem:
@@ -165,15 +166,20 @@ def _publish(task: FrozenTask) -> None:
 def leave_result(directory: Path, own: str, error: PipelineError | None) -> None:
     """Leave how a try ended, for `status`; on a full disk the exit status has to do."""
     problems = [] if error is None else list(error.problems) if isinstance(error, ConfigError) else [str(error)]
-    data = {
-        "status": 0 if error is None else error.exit_status,
-        "problems": problems,
+    with suppress(OSError, ArtifactError):
+        path = directory / WORK / f"{RESULT}{own}.json"
+        write_json(path, outcome(0 if error is None else error.exit_status, problems))
+
+
+def outcome(status: int, problems: Sequence[str]) -> dict[str, Any]:
+    """Return how something ended, where and when."""
+    return {
+        "status": status,
+        "problems": list(problems),
         "where": place(),
         "job": slurm_job(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    with suppress(OSError, ArtifactError):
-        write_json(directory / WORK / f"{RESULT}{own}.json", data)
 
 
 def read_result(directory: Path, own: str = "") -> Mapping[str, Any] | None:

@@ -29,12 +29,14 @@ class Command(Settings):
 
     Attributes:
         root: Directory of all artifacts.
+        name: What the run is called; null is what its job is, or its stage.
         plan: Only say what would be done.
         stage: One stage to run alone, or
         tasks: the stages of a job by task name; an input `@name` is the output of that task.
     """
 
     root: str = Field(default="artifacts", min_length=1)
+    name: TaskName | None = None
     plan: bool = False
     stage: AnyStage | None = None
     tasks: dict[TaskName, AnyStage] = Field(default={})
@@ -82,18 +84,23 @@ class Task:
 def plan(command: Command, job: str | None) -> list[Task]:
     """Return the tasks of a command in an order in which they can run, each with its state.
 
+    Args:
+        job: What the run is called; null of a stage that has no name of its own.
+
     Raises:
         ConfigError: With every problem that is known without running anything.
         ArtifactError: If an input from outside is missing, damaged or of the wrong kind.
     """
-    if job is None and command.stage is None:
-        raise ConfigError("nothing to do: say job=NAME or stage=KIND; python -m pipeline --help lists both")
+    if command.stage is None and not command.tasks:
+        raise ConfigError(
+            "nothing to do: say job=NAME or stage=KIND; python -m pipeline --help lists both"
+            if job == command.name
+            else "tasks: the job has none"
+        )
     if command.stage is not None and command.tasks:
         raise ConfigError("stage: a job brings its own stages; say either job=NAME or stage=KIND")
     if isinstance(command.tracker, TensorBoard) and find_spec("tensorboard") is None:
         raise ConfigError("tracker.kind: tensorboard is not installed; pip install -e '.[tensorboard]' brings it")
-    if command.stage is None and not command.tasks:
-        raise ConfigError("tasks: the job has none")
     if is_url(command.root):
         raise ConfigError(
             f"root: wanted a directory of this machine, found '{command.root}'; an input may be a URL, but artifacts "

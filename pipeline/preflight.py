@@ -6,13 +6,12 @@ write where the others see it, and reach the others. `slurm/stage.sbatch preflig
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from pipeline.artifact import WORK, write_json
 from pipeline.env import Share, reserved_port
@@ -20,15 +19,16 @@ from pipeline.errors import ConfigError, LaunchError
 from pipeline.execute import needed_bytes
 from pipeline.launch import scheduler
 from pipeline.launch.failures import gigabytes
-from pipeline.launch.lock import place, slurm_job
 from pipeline.launch.slurm import Slurm
 from pipeline.launch.srun import step_environment, step_words
+from pipeline.perform import outcome
 from pipeline.probe import MARKS, NEEDED, SAYS, SIZES, Facts
 from pipeline.worker import FrozenTask, read_task
 
 RESULT = "preflight.json"  # in work/
 PATIENCE_S = 270.0  # for each of the two steps, so that the job comes to its end in time
 CLOCKS_APART_S = 30.0
+LABEL = re.compile(r"\s*(\d+): ")  # of srun: which process said the rest of the line
 INSTALLED = "run.setup or run.python says where it is"
 
 
@@ -66,8 +66,12 @@ def _look(directory: Path, run: Slurm, nodes: Sequence[str]) -> tuple[list[Facts
     """Return what every node says of itself, and a problem for each that says nothing."""
     alone = run.model_copy(update={"ranks": run.nodes, "ranks_per_node": 1})
     said, complaints = _step(alone, "look", str(directory))
-    silent = [node for node in nodes if node not in {facts["node"] for facts in said}]
-    problems = [f"{node}: Python did not start: {_why(node, nodes, complaints)}; {INSTALLED}" for node in silent]
+    known = {facts["node"] for facts in said}
+    problems = [
+        f"{node}: Python did not start: {_why(number, nodes, 1, complaints)}; {INSTALLED}"
+        for number, node in enumerate(nodes)
+        if node not in known
+    ]
     return sorted(said, key=lambda facts: nodes.index(facts["node"])), problems
 
 
@@ -75,13 +79,13 @@ def _reach(directory: Path, run: Slurm, nodes: Sequence[str]) -> tuple[list[Fact
     """Return what every rank found when it met the others, and the problems."""
     said, complaints = _step(run, "reach", str(directory), *nodes)
     problems = []
-    for node in nodes:
+    for number, node in enumerate(nodes):
         mine = [facts for facts in said if facts["node"] == node]
         failed = next((facts["error"] for facts in mine if "error" in facts), None)
         if failed:
             problems.append(f"{node}: cannot reach the other nodes: {failed}; see run.environment (NCCL_, GLOO_)")
         elif len(mine) < run.each:
-            problems.append(f"{node}: a rank gave no answer: {_why(node, nodes, complaints)}")
+            problems.append(f"{node}: a rank gave no answer: {_why(number, nodes, run.each, complaints)}")
         unseen = sorted({other for facts in mine for other in facts.get("unseen", [])})
         if unseen:
             problems.append(
@@ -114,10 +118,11 @@ def _step(run: Slurm, *words: str) -> tuple[list[Facts], list[str]]:
     return said, complaints.decode(errors="replace").splitlines()
 
 
-def _why(node: str, nodes: Sequence[str], complaints: Sequence[str]) -> str:
-    """Return what was said last of a node: by its process, or by srun of it."""
-    label = f"{nodes.index(node)}: "
-    of_process = [line.removeprefix(label) for line in complaints if line.startswith(label)]
+def _why(number: int, nodes: Sequence[str], each: int, complaints: Sequence[str]) -> str:
+    """Return what was said last of one of the nodes: by its processes, `each` many, or by srun of it."""
+    node = nodes[number]
+    labelled = [(found, line) for line in complaints if (found := LABEL.match(line))]
+    of_process = [line[found.end() :] for found, line in labelled if int(found[1]) // each == number]
     of_node = [line for line in complaints if f"{node}:" in line or f" {node} " in line]
     return next((lines[-1].strip() for lines in (of_process, of_node, complaints) if lines), "it says nothing")
 
@@ -183,13 +188,6 @@ def _rates(ranks: Sequence[Facts]) -> Mapping[str, float]:
 
 
 def _leave(directory: Path, seen: Sequence[Facts], ranks: Sequence[Facts], problems: Sequence[str]) -> None:
-    data: dict[str, Any] = {
-        "status": LaunchError.exit_status if problems else 0,
-        "problems": list(problems),
-        "where": place(),
-        "job": slurm_job(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "nodes": list(seen),
-        "all_reduce": dict(_rates(ranks)),  # GB/s, by bytes
-    }
-    write_json(directory / WORK / RESULT, data)
+    ended = outcome(LaunchError.exit_status if problems else 0, problems)
+    rates = dict(_rates(ranks))  # GB/s, by bytes
+    write_json(directory / WORK / RESULT, {**ended, "nodes": list(seen), "all_reduce": rates})

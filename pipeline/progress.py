@@ -1,4 +1,4 @@
-"""One line that says how far a long piece of work is, and a note of the same for `status`."""
+"""What people are told of work under way: how far it is, with a note of the same for `status`."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 LINE_S = 15.0  # between two lines, where there is no terminal
 NOTE_S = 5.0  # between two notes
@@ -78,6 +79,27 @@ class Progress:
             print(f"\r\x1b[2K{line[: (terminal_width() or 80) - 1]}", end="", flush=True)
         else:
             print(line, flush=True)
+
+
+def tell(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Print to standard output, or to `stream`; what cannot be written (a full disk) is lost, and the work goes on."""
+    stream = stream or sys.stdout
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except (OSError, ValueError):
+        drop_unwritten(stream)
+
+
+def drop_unwritten(stream: TextIO) -> None:
+    """Forget what a stream could not write: at the end of the process it would change its exit status."""
+    with suppress(OSError, ValueError, AttributeError):
+        kept, nowhere = os.dup(stream.fileno()), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        with suppress(OSError, ValueError):
+            stream.flush()
+        os.dup2(kept, stream.fileno())
+        os.close(kept)
+        os.close(nowhere)
 
 
 def clock(seconds: float) -> str:

@@ -114,6 +114,8 @@ def _problem(error: Any, schema: dict[str, Any], data: Any, where: str) -> str:
     kind, found = error["type"], _show(error["input"])
     place = ".".join([where, *path] if where else path) or "settings"
     if kind == "extra_forbidden":
+        if elsewhere := next(_elsewhere(path[-1], node, schema), None):
+            return f"{place}: no such setting; did you mean '{elsewhere}'?"
         return f"{place}: no such setting{nearest(path[-1], list(node.get('properties', {})))}"
     if kind == "missing":
         return f"{place}: missing; give it a value"
@@ -127,12 +129,15 @@ def _problem(error: Any, schema: dict[str, Any], data: Any, where: str) -> str:
         choices = node.get("properties", {}).get(path[-1], {}) if path else {}
         known = sorted(_deref(choices, schema).get("discriminator", {}).get("mapping", {}))
         return f"{place}.kind: missing; say which kind{': ' if known else ''}{' or '.join(known)}"
-    if kind == "string_pattern_mismatch" and path[-1] == "[key]":
-        return f"{'.'.join(path[:-1])}: wanted a name of up to 64 letters, digits, _ and -"
+    if kind == "string_pattern_mismatch" and error["ctx"]["pattern"].endswith("_-]{1,64}$"):
+        name = f"{place.removesuffix('.[key]')}: wanted a name of up to 64 letters, digits, _ and -"
+        return name if path[-1] == "[key]" else f"{name}, found {found}"
     if kind == "value_error":
         return f"{place}: {error['ctx']['error']}"
     wanted = error["msg"].replace("Input should be", "wanted").replace("a valid integer", "an integer")
-    return f"{place}: {wanted[0].lower()}{wanted[1:]}, found {found}"
+    is_number = kind == "string_type" and isinstance(error["input"], int | float)
+    quotes = f'; in quotes it is one: "{json.dumps(error["input"])}"' if is_number else ""
+    return f"{place}: {wanted[0].lower()}{wanted[1:]}, found {found}{quotes}"
 
 
 def _locate(loc: tuple[int | str, ...], schema: dict[str, Any], data: Any) -> tuple[list[str], dict[str, Any]]:
@@ -149,6 +154,15 @@ def _locate(loc: tuple[int | str, ...], schema: dict[str, Any], data: Any) -> tu
             below = node.get("properties", {}).get(key) or next((b for b in keyed if isinstance(b, dict)), {})
             node = _deref(below, schema)
     return path, node
+
+
+def _elsewhere(key: str, node: dict[str, Any], schema: dict[str, Any]) -> Iterator[str]:
+    """Yield the paths of the settings one level below that have a name which is none here."""
+    for name, field in node.get("properties", {}).items():
+        choices = _deref(field, schema)
+        for choice in choices.get("oneOf", [choices]):
+            if key in _deref(choice, schema).get("properties", {}):
+                yield f"{name}.{key}"
 
 
 def _deref(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

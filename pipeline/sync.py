@@ -13,10 +13,10 @@ from pathlib import Path
 
 from pipeline.artifact import MANIFEST, WORK, write_json
 from pipeline.errors import ArtifactError, ConfigError, LaunchError, PipelineError
-from pipeline.jobs.record import RECORD, read_record
+from pipeline.jobs.words import find, parse
 from pipeline.launch.lock import read_owner
 from pipeline.perform import read_result
-from pipeline.settings import encode, nearest
+from pipeline.settings import encode
 from pipeline.track import METRICS, State, Wandb, read_metrics, upload
 from pipeline.worker import read_task
 
@@ -32,22 +32,20 @@ def sync(arguments: Sequence[str]) -> int:
         ArtifactError: If nothing is called so.
         LaunchError: If W&B cannot be reached.
     """
-    root = Path(next((word[5:] for word in reversed(arguments) if word.startswith("root=")), "artifacts"))
-    names = [word for word in arguments if not word.startswith("root=") and word != "--all"]
-    if wrong := [word for word in names if word.startswith("-") or ("=" in word and not Path(word).exists())]:
-        raise ConfigError(f"sync: '{wrong[0]}' is none of its words; wanted JOB, JOB.TASK, DIR, --all or root=DIR")
+    words = parse("sync", arguments, None, {"--all": bool}, most=len(arguments))
+    root, names, every = words.root, words.names, "--all" in words.flags
     directories = list(dict.fromkeys(place.resolve() for place in _places(root, names)))
     status, count = 0, 0
     for directory in directories:
         try:
-            count += _sync_one(directory, every="--all" in arguments)
+            count += _sync_one(directory, every)
         except (ConfigError, LaunchError):  # no account, no network: the others would fare no better
             raise
         except PipelineError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             status = error.exit_status
     if not count and not status:
-        hint = "" if "--all" in arguments else "; --all takes those of other trackers too"
+        hint = "" if every else "; --all takes those of other trackers too"
         print(f"nothing to sync: no task of {', '.join(names) or root} has numbers that are for W&B{hint}")
     return status
 
@@ -57,16 +55,11 @@ def _places(root: Path, names: Sequence[str]) -> Iterator[Path]:
     if not names:
         yield from (path.parent.parent for path in sorted(root.glob(f"*/*/{WORK}/task.json")))
     for name in names:
-        job, _, task = name.rpartition(".")
         if (Path(name) / WORK / "task.json").is_file():
             yield Path(name)
-        elif (root / "jobs" / name / RECORD).exists() or not job:
-            yield from (Path(one.directory) for one in read_record(root, name).tasks)
-        else:
-            made = {one.name: Path(one.directory) for one in read_record(root, job).tasks}
-            if task not in made:
-                raise ArtifactError(f"{name}: {job} has no task called '{task}'{nearest(task, list(made))}")
-            yield made[task]
+            continue
+        record, task = find(root, name)
+        yield from (Path(one.directory) for one in record.tasks if task in (None, one))
 
 
 def _sync_one(directory: Path, every: bool) -> bool:

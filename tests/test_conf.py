@@ -1,6 +1,8 @@
 """Every YAML file of conf/ and jobs/ composes and decodes."""
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,27 @@ def composed(*words: str) -> dict:
     found: list[dict] = []
     compose(list(words), lambda data, job: found.append(data) or 0)
     return found[0]
+
+
+def points(*words: str) -> list[tuple[str | None, str | None, list[str]]]:
+    """Return name, job and the words of the record of every point of a sweep."""
+    found = []
+    compose(["-m", *words], lambda data, job: found.append((data["name"], job, sys.argv[1:])) or 0)
+    return found
+
+
+def test_points_of_a_sweep_under_slurm_have_names_of_their_own_and_the_words_that_were_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+    job, site = tmp_path / "lr.yaml", tmp_path / "site.yaml"
+    shutil.copy(PROJECT / "jobs/quickstart.yaml", job)
+    site.write_text("defaults: [slurm, _self_]\n")
+    words = (f"root={tmp_path}", f"job={job}", f"run={site}", "tasks.pretrain.steps=1,2")
+    for number, (name, called, said) in enumerate(points(*words)):
+        assert (name, called) == (None, f"lr-{number}")
+        assert said == [*words[:3], f"tasks.pretrain.steps={number + 1}"]
+    assert [name for name, _, _ in points(*words, "name=sweep")] == ["sweep-0", "sweep-1"]
+    local = points(f"root={tmp_path}", "job=quickstart", "name=sweep", "tasks.pretrain.steps=1,2")
+    assert [(name, called) for name, called, _ in local] == [("sweep", "quickstart")] * 2
 
 
 def holds(whole: object, part: object) -> bool:

@@ -83,8 +83,6 @@ def environment(task: FrozenTask, code: str | None) -> dict[str, str]:
 
 def script() -> Path:
     """Return slurm/stage.sbatch. Raises LaunchError if this installation has none."""
-    if "PIPELINE_SCRIPT" in os.environ:  # of this job: a job of SLURM that submits its successor
-        return Path(os.environ["PIPELINE_SCRIPT"])
     if SCRIPT is None:
         raise LaunchError(f"{PACKAGE}: there is no slurm/stage.sbatch beside it; install the package again")
     return SCRIPT

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import LaunchError
-from pipeline.jobs.evidence import directory_of
 from pipeline.jobs.look import look
 from pipeline.jobs.record import JobRecord, TaskRecord, read_record
 from pipeline.jobs.sharing import complete, deciding, unwant, who_else_wants
@@ -67,7 +66,7 @@ def _cancel_tasks(root: Path, record: JobRecord, live: Sequence[TaskStatus]) -> 
 
 def _cancel_task(root: Path, record: JobRecord, task: TaskRecord, job_id: str) -> list[str]:
     """Cancel the SLURM job of a task, unless other jobs want it; return those."""
-    directory = directory_of(root, task)
+    directory = Path(task.directory)
     if not directory.is_dir():
         scheduler.cancel([job_id])
         return []

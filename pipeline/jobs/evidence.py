@@ -14,7 +14,8 @@ from typing import Any
 
 from pipeline.artifact import MANIFEST, WORK
 from pipeline.jobs.record import JobRecord, TaskRecord
-from pipeline.launch import claim as claims
+from pipeline.launch.claim import Claim, read_claim
+from pipeline.launch.failures import TRY
 from pipeline.launch.lock import LOCK, STALE_S, TRIES, read_owner
 from pipeline.perform import read_result
 from pipeline.stage import ATTEMPT_FILE, PROGRESS
@@ -32,7 +33,6 @@ class Marks:
     Attributes:
         status: With which exit status it ended; null if it left none.
         problem: Why it ended so, or what an earlier try since it was submitted ended with.
-        time: When it ended, in UTC.
         began: Whether it has begun since it was submitted.
         tries: How often it has begun.
         owner: Who works on it, judged by the lock alone.
@@ -43,7 +43,6 @@ class Marks:
 
     status: int | None = None
     problem: str = ""
-    time: str = ""
     began: bool = False
     tries: int = 0
     owner: str | None = None
@@ -80,26 +79,19 @@ class Evidence:
     """What the directory of a task says.
 
     Attributes:
-        is_there: Whether there is one.
+        is_gone: Whether there is none any more.
         is_done: Whether it holds an artifact.
-        claim: The SLURM job that was last submitted for it, and the job that this was for.
+        claim: The SLURM job that was last submitted for it.
         marks: What each part has left: of a task that is no array only the part "".
         preflight_error: The last error in the log of the job that tried its nodes.
     """
 
-    is_there: bool = True
+    is_gone: bool = False
     is_done: bool = False
-    claim: tuple[str, str] | None = None
+    claim: Claim | None = None
     marks: Mapping[str, Marks] = field(default_factory=dict)
     pace: Pace = Pace()
     preflight_error: str = ""
-
-
-def directory_of(root: Path, task: TaskRecord) -> Path:
-    """Return where a task is, also after the root was moved or where other machines see it elsewhere."""
-    recorded = Path(task.directory)
-    moved = root.joinpath(*recorded.parts[-2:])
-    return moved if not recorded.is_dir() and moved.is_dir() else recorded
 
 
 def parts_of(task: TaskRecord) -> list[str]:
@@ -109,18 +101,10 @@ def parts_of(task: TaskRecord) -> list[str]:
 
 def read_evidence(directory: Path, task: TaskRecord) -> Evidence:
     """Read what the directory of a task says."""
-    if not directory.is_dir():
-        return Evidence(is_there=False)
     is_done = (directory / MANIFEST).exists()
     marks = {part: _read_marks(directory, part) for part in parts_of(task)} if not is_done else {"": Marks()}
     tried = last_error(directory / "logs" / "preflight.log")
-    return Evidence(True, is_done, read_claim(directory), marks, read_pace(directory, task), tried)
-
-
-def read_claim(directory: Path) -> tuple[str, str] | None:
-    """Return the SLURM job that was last submitted for a task, and the job that this was for."""
-    claim = claims.read_claim(directory)
-    return (claim.slurm, claim.job) if claim and claim.slurm else None  # without an id SLURM has not answered yet
+    return Evidence(False, is_done, read_claim(directory), marks, read_pace(directory, task), tried)
 
 
 def _read_marks(directory: Path, part: str) -> Marks:
@@ -134,7 +118,6 @@ def _read_marks(directory: Path, part: str) -> Marks:
     return Marks(
         status=result["status"] if result and is_current else None,
         problem=result["problems"][0] if result and result["problems"] and (ended or 0) >= (submitted or 0) else "",
-        time=result["time"] if result and is_current else "",
         began=has_begun,
         tries=_count_tries(work / TRIES, part) if has_begun else 0,
         owner=str(owner["words"]) if owner else None,
@@ -212,20 +195,21 @@ def tail(path: Path, num_bytes: int = TAIL_BYTES) -> str:
 
 
 def last_error(log: Path) -> str:
-    """Return the last line of a log that tells of an error."""
-    return next((line.strip() for line in reversed(tail(log, 8192).splitlines()) if ERROR.match(line.strip())), "")
+    """Return the last line of a log that tells of an error of the newest try."""
+    lines = tail(log, 8192).rpartition(f"\n{TRY}")[2].splitlines()
+    return next((line.strip().removeprefix("error: ") for line in reversed(lines) if ERROR.match(line.strip())), "")
 
 
 def read_pace(directory: Path, task: TaskRecord) -> Pace:
     """Return how far a task is: from the rows of a training's steps, else from the notes of its ranks."""
     work = directory / WORK
     rows = [row for row in rows_of(directory / METRICS) if all(_is_number(row.get(name)) for name in ("step", "time"))]
-    total = _total_steps(work / "task.json")
+    total = _steps(work / "task.json", "stage")
     if rows and total is not None:
         return _pace_of_steps(rows, total, _mtime(work / ATTEMPT_FILE) or 0.0)
     pace = _pace_of_notes([note for path in sorted((work / PROGRESS).glob("*.json")) if (note := _note(path))], task)
-    if rows and pace.done is None:  # its notes went when it was published
-        pace = Pace(rows[-1]["step"], None, "steps")
+    if rows and pace.done is None:  # its notes went when it was published; of several parts the rows go through all
+        pace = Pace(_steps(directory / MANIFEST, "stats") or rows[-1]["step"], None, "steps")
     ended = 0 if rows else _count(work / "ranks")
     return replace(pace, ranks=ended, loss=_newest(rows, "loss"), tokens_per_s=_newest(rows, "tokens_per_s"))
 
@@ -252,7 +236,8 @@ def _pace_of_notes(notes: Sequence[Mapping[str, Any]], task: TaskRecord) -> Pace
     now = time.time()
     left = [note["left_s"] for note in alike if note["done"] < note["total"]]
     slowest = None if None in left else max((note["left_s"] - (now - note["time"]) for note in alike), default=0.0)
-    return Pace(done, round(sum(note["total"] for note in alike)), noun, left_s=slowest)
+    left_s = None if slowest is None else max(0.0, slowest)  # the notes of a long unit are old
+    return Pace(done, round(sum(note["total"] for note in alike)), noun, left_s=left_s)
 
 
 def _pace_of_steps(rows: list[Mapping[str, Any]], total: int, began: float) -> Pace:
@@ -275,9 +260,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float)
 
 
-def _total_steps(frozen: Path) -> int | None:
+def _steps(path: Path, part: str) -> int | None:
+    """Return the "steps" in a part of a JSON file; null where there are none."""
     try:
-        steps = json.loads(frozen.read_text("utf-8"))["stage"].get("steps")
+        steps = json.loads(path.read_text("utf-8"))[part].get("steps")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return steps if isinstance(steps, int) else None

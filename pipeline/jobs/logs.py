@@ -1,28 +1,32 @@
-"""`python -m pipeline logs JOB.TASK [--rank 3] [--follow] [--lines N] [root=DIR]`: what a rank of a task has printed.
+"""`python -m pipeline logs JOB.TASK [--rank 3] [--job] [--follow] [--lines N] [root=DIR]`: what a rank has printed.
 
-Rank 0 unless another is named; the whole log unless --lines says how many of the last ones. --follow prints what comes,
-through every requeue, until the task is over. Where the rank has printed nothing, the log of the SLURM job is shown.
+Rank 0 unless another is named; of an array of which an element has failed, that one. What the newest try has printed,
+unless --lines says how many of the last lines, of whichever tries. --follow prints what comes, through every requeue,
+until the task is over. --job shows the log of the SLURM job instead, in which is why it began or ended; it is shown too
+where the rank has printed nothing, and that of the preflight where this has failed. A task that has not ended well is
+the last line.
 """
 
 import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.jobs.evidence import directory_of, tail
 from pipeline.jobs.look import look
-from pipeline.jobs.record import TaskRecord, read_record
-from pipeline.jobs.states import DONE, RUNNING, TaskStatus
+from pipeline.jobs.record import read_record
+from pipeline.jobs.states import DONE, FAILED, LOST, NEVER, RUNNING, TaskStatus, predicate
+from pipeline.jobs.status import describe, note
 from pipeline.jobs.words import find_task, parse
-from pipeline.launch.failures import rank_log
+from pipeline.launch.failures import TRY, rank_log
 
-FLAGS = {"--rank": int, "--follow": bool, "--lines": int}
+FLAGS = {"--rank": int, "--job": bool, "--follow": bool, "--lines": int}
+HEADER = f"\n{TRY}".encode()
 BLOCK_BYTES = 1 << 20
 PAUSE_S = 0.3  # before more is looked for
 LOOK_S = 3.0  # before the state is looked at again
-JOB_LOG_BYTES = 8192
 
 
 def logs(arguments: Sequence[str]) -> int:
@@ -33,48 +37,51 @@ def logs(arguments: Sequence[str]) -> int:
         ArtifactError: If there is no such job or task, or it has no log.
     """
     words = parse("logs", arguments, "JOB.TASK", FLAGS)
-    name, rank = words.names[0], int(words.flags.get("--rank", 0))
+    name, lines = words.names[0], words.flags.get("--lines")
     record, task = find_task(words.root, name)
+    if (rank := words.flags.get("--rank")) is None:
+        rank = (_state(words.root, record.name, task.name).element or 0) if task.is_array else 0
     if rank >= task.ranks:
         raise ConfigError(
             f"logs: --rank {rank}: {name} has {task.ranks} rank{'s, from 0 on' if task.ranks > 1 else ', number 0'}"
         )
-    directory = directory_of(words.root, task)
-    log = rank_log(directory, rank)
-    reader = Reader(log)
-    if "--lines" in words.flags:
-        reader.skip_to_last(int(words.flags["--lines"]))
-    is_shown = reader.print_new()
+    directory = Path(task.directory)
+    job_log = directory / "logs" / (f"job-{rank:05d}.log" if task.is_array else "job.log")
+    log = job_log if words.flags.get("--job") else rank_log(directory, rank)
+    reader = Reader(log, lines)
+    reader.print_new()
     if words.flags.get("--follow"):
         try:
-            is_shown = _follow(words.root, record.name, task.name, reader) or is_shown
+            state = _follow(words.root, record.name, task.name, reader)
         except KeyboardInterrupt:
             return 0
-    if not is_shown and (not log.exists() or log.stat().st_size == 0):  # srun makes the file before the rank begins
-        _print_job_log(words.root, record.name, directory, task, rank)
+    else:
+        state = _state(words.root, record.name, task.name)
+    is_refused, is_bare = state.state == NEVER and task.preflight is not None, not has_words(log)
+    if is_refused or is_bare:
+        other = directory / "logs/preflight.log" if is_refused else job_log
+        what = f"{name}: {'its SLURM job' if log == job_log else f'rank {rank}'}"
+        _print_instead(log, what, other, lines, state)
+    if is_bare or (state.is_over and state.state != DONE):
+        print(f"{name} {_how(state)}", file=sys.stderr)
     return 0
 
 
 class Reader:
     """Prints what is in a file and what comes to it; a file that begins anew is printed anew."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lines: int | None = None) -> None:
+        """Begin at the last lines; without a number, at the newest try."""
         self.path = path
         self._at = 0
         self._inode: int | None = None
+        with suppress(OSError), open(path, "rb") as file:  # or it is not there yet: all of it is new
+            number = file.fileno()
+            self._inode = os.fstat(number).st_ino
+            self._at = _newest_try_begins(number) if lines is None else _last_lines_begin(number, lines)
 
-    def skip_to_last(self, lines: int) -> None:
-        """Leave out what is before the last lines."""
-        try:
-            with open(self.path, "rb") as file:
-                self._inode = os.fstat(file.fileno()).st_ino
-                self._at = _last_lines_begin(file.fileno(), lines)
-        except OSError:
-            pass  # not there yet: all of it is new
-
-    def print_new(self) -> bool:
-        """Print what came since the last time; return whether there was any."""
-        came = False
+    def print_new(self) -> None:
+        """Print what came since the last time."""
         try:
             with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())
@@ -85,11 +92,32 @@ class Reader:
                 while block := file.read(BLOCK_BYTES):
                     sys.stdout.buffer.write(block)
                     self._at += len(block)
-                    came = True
         except FileNotFoundError:
-            return False
+            return
         sys.stdout.flush()
-        return came
+
+
+def has_words(log: Path) -> bool:
+    """Return whether a log holds anything of the newest try."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(_newest_try_begins(file.fileno()))
+            block = file.read(BLOCK_BYTES)
+    except OSError:
+        return False
+    return bool(block.partition(b"\n")[2] if block.startswith(HEADER[1:]) else block)
+
+
+def _newest_try_begins(descriptor: int) -> int:
+    """Return where the line is that opens the newest try; it is read backwards, block by block."""
+    end = os.fstat(descriptor).st_size
+    while end > 0:
+        start = max(0, end - BLOCK_BYTES)
+        at = os.pread(descriptor, end - start + len(HEADER), start).rfind(HEADER)
+        if at >= 0:
+            return start + at + 1
+        end = start
+    return 0
 
 
 def _last_lines_begin(descriptor: int, lines: int) -> int:
@@ -114,23 +142,20 @@ def _last_lines_begin(descriptor: int, lines: int) -> int:
     return 0
 
 
-def _follow(root: Path, job: str, task: str, reader: Reader) -> bool:
-    """Print what comes until the task is over; return whether anything came."""
-    came, said, looked = False, "", 0.0
+def _follow(root: Path, job: str, task: str, reader: Reader) -> TaskStatus:
+    """Print what comes until the task is over; return how it is then."""
+    said, looked = "", 0.0
     while True:
         if time.monotonic() - looked > LOOK_S:
             looked = time.monotonic()
             state = _state(root, job, task)
-            if not state.is_over and state.state != "running" and state.state + state.reason != said:
-                said = state.state + state.reason
-                print(f"{job}.{task}: {state.state} {state.reason}".rstrip(), file=sys.stderr, flush=True)
+            if not state.is_over and state.state != RUNNING and describe(state) != said:
+                said = describe(state)
+                print(f"{job}.{task}: {said}", file=sys.stderr, flush=True)
             if state.is_over:  # read once more after that: it may have had last words
-                came = reader.print_new() or came
-                if state.state != DONE:
-                    error = f": {state.error}" if state.error else ""
-                    print(f"{job}.{task}: {state.state}{error}", file=sys.stderr, flush=True)
-                return came
-        came = reader.print_new() or came
+                reader.print_new()
+                return state
+        reader.print_new()
         time.sleep(PAUSE_S)
 
 
@@ -139,20 +164,27 @@ def _state(root: Path, job: str, task: str) -> TaskStatus:
     return next(one for one in found.tasks if one.name == task)
 
 
-def _print_job_log(root: Path, job: str, directory: Path, task: TaskRecord, rank: int) -> None:
-    """Print the end of what the SLURM job of a task has printed, where the rank has printed nothing.
+def _print_instead(log: Path, what: str, other: Path, lines: int | None, state: TaskStatus) -> None:
+    """Print another log than that which was asked for.
+
+    Args:
+        what: Whose log was asked for.
 
     Raises:
-        ArtifactError: If it has printed nothing either.
+        ArtifactError: If neither has anything.
     """
-    log = directory / "logs" / (f"job-{rank:05d}.log" if task.is_array else "job.log")
-    if text := tail(log, JOB_LOG_BYTES):
-        print(f"rank {rank} has printed nothing; the end of {log}:", file=sys.stderr, flush=True)
-        print(text, end="" if text.endswith("\n") else "\n")
-        return
-    state = _state(root, job, task.name)
-    if state.state in (DONE, RUNNING):
-        print(f"{job}.{task.name}: rank {rank} has printed nothing; the task is {state.state}", file=sys.stderr)
-        return
-    why = f"; {state.error}" if state.error else ""
-    raise ArtifactError(f"{job}.{task.name}: there is no log of rank {rank}: the task is {state.state}{why}")
+    nothing = "" if has_words(log) else f"{what} has printed nothing{' in this try' * log.is_file()}"
+    if has_words(other):
+        print(f"{nothing}{'; ' * bool(nothing)}{other}:", file=sys.stderr, flush=True)
+        Reader(other, lines).print_new()
+    elif nothing and state.state not in (DONE, RUNNING, FAILED, LOST):
+        raise ArtifactError(f"{nothing}; the task {_how(state)}")
+    elif nothing:
+        print(nothing, file=sys.stderr)
+
+
+def _how(state: TaskStatus) -> str:
+    """Return how a task is or has ended, where, and why."""
+    place = " on ".join(filter(None, [f"SLURM job {state.job_id}" if state.job_id else "", state.nodes]))
+    why = note(state)
+    return f"{predicate(state.state)}{f' ({place})' * bool(place)}{f': {why}' * bool(why)}"

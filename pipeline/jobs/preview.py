@@ -9,7 +9,7 @@ from pipeline.errors import ConfigError, LaunchError
 from pipeline.execute import needed_bytes
 from pipeline.jobs.batch import environment, needs_preflight, preflight_asks, preflight_words, task_words
 from pipeline.jobs.record import JobRecord
-from pipeline.jobs.refusals import Cluster, read_cluster, refusals, refuse_live
+from pipeline.jobs.refusals import Cluster, read_cluster, refusals, refuse_live, unseen
 from pipeline.jobs.submit import fit_arrays, frozen_job
 from pipeline.launch.claim import live_claim
 from pipeline.launch.failures import gigabytes
@@ -50,8 +50,8 @@ def preview(tasks: list[Task], command: Command, job: str | None) -> None:
     problems += refusals(root, frozen, cluster, command.run)
     print_plan(tasks, command)
     _print_commands(record, frozen, cluster)
-    if unchecked:
-        print(f"\n{unchecked}")
+    for line in filter(None, [*unseen(command.run), unchecked]):
+        print(f"\n{line}")
     if problems:
         print("\nrefused would be:", flush=True)
         raise ConfigError(*problems)
@@ -87,10 +87,15 @@ def _estimate(task: FrozenTask, limit_s: int | None) -> str:
     run = task.run
     assert isinstance(run, Slurm)
     limits = [limit for limit in (seconds_of(run.time or ""), limit_s) if limit is not None]
-    time = f"jobs of {clock(min(limits))} at the most" if limits else "the partition's default time"
+    time = f"jobs of {_duration(min(limits))} at the most" if limits else "the partition's default time"
     disk, is_known = needed_bytes(task)
     beside = "" if is_known else ", and what its inputs bring, which are not made yet"
     memory = "memory: not known before it runs"
     if task.memory_bytes is not None:
         memory = f"memory of a rank: {gigabytes(task.memory_bytes)} for the model's states, and the activations"
     return f"{time}; disk: {gigabytes(disk)}{beside}; {memory}"
+
+
+def _duration(seconds: int) -> str:
+    """Return a limit of time so that nobody takes minutes for hours."""
+    return clock(seconds) if seconds >= 3600 else f"{-(-seconds // 60)} min"

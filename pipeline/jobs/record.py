@@ -153,7 +153,26 @@ def read_frozen(root: Path, record: JobRecord) -> list[FrozenTask]:
     if names != wanted:
         found = ", ".join(names) or "none"
         raise ArtifactError(f"{path}: wanted the tasks {', '.join(wanted)}, found {found}; start the job again")
-    return tasks
+    return [_moved(task, Path(record.directory), root.absolute()) for task in tasks]
+
+
+def _moved(task: FrozenTask, started: Path, root: Path) -> FrozenTask:
+    """Return a task in the root in which it is found, which may have been moved or copied since.
+
+    Args:
+        started: The directory in which the job was started: what is relative is relative to that.
+    """
+    old = Path(os.path.normpath(started / task.directory)).parent.parent
+    if old == Path(os.path.normpath(root)):
+        return task
+    within = {name: Path(os.path.normpath(started / path)) for name, path in task.inputs.items()}
+    moved = {name: str(root / path.relative_to(old)) for name, path in within.items() if path.is_relative_to(old)}
+    return task.model_copy(update={"directory": _place(root, task.directory), "inputs": {**task.inputs, **moved}})
+
+
+def _place(root: Path, directory: str) -> str:
+    """Return where the directory of a task is in this root: `<root>/KIND/NAME-FINGERPRINT`."""
+    return str(root.absolute().joinpath(*Path(directory).parts[-2:]))
 
 
 class _Frozen(Settings):
@@ -161,22 +180,46 @@ class _Frozen(Settings):
 
 
 def read_record(root: Path, name: str) -> JobRecord:
-    """Return the record of a job. Raises ArtifactError if none was started under this name, with the nearest."""
+    """Return the record of a job, with its places in this root, also after that was moved or copied.
+
+    Raises:
+        ArtifactError: If none was started under this name, with the nearest, or it is damaged.
+    """
     path = root / "jobs" / name / RECORD
     try:
         data = json.loads(path.read_text("utf-8"))
         if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
             raise ConfigError(f"another version of the pipeline wrote it: format {data['format']}, wanted {FORMAT}")
-        return decode(JobRecord, data)
+        record = decode(JobRecord, data)
     except FileNotFoundError:
         known = [record.parent.name for record in (root / "jobs").glob(f"*/{RECORD}")]
-        raise ArtifactError(f"{name}: no job of this name was started in {root}{nearest(name, known)}") from None
+        if (job := name.rpartition(".")[0]) in known:
+            raise ArtifactError(f"{name}: wanted a job, and this is a task of one; say '{job}'") from None
+        hint = nearest(name, known)
+        where = "" if "did you mean" in hint else "; root=DIR says where"
+        raise ArtifactError(f"{name}: no job of this name was started in {root}{hint}{where}") from None
     except (OSError, ValueError, ConfigError) as error:
         raise ArtifactError(
             f"{path}: damaged ({_first_line(error)}); look whether jobs of it are in the queue (squeue --me "
             f"--format '%i %j', those called {name}.*) and end them (scancel), then delete or move the file and start "
             "the job again"
         ) from None
+    return _placed(record, root)
+
+
+def _placed(record: JobRecord, root: Path) -> JobRecord:
+    """Return a record with its places in this root; what waits or runs for a root that it is a copy of is not its own.
+
+    A root that was moved keeps that: it can be cancelled.
+    """
+    recorded = Path(record.tasks[0].directory).parent.parent if record.tasks else root
+    is_copy = recorded.is_dir() and not recorded.samefile(root)
+    code = record.code if record.code is None else _place(root, record.code)  # `<root>/code/HASH`
+    tasks = [task.model_copy(update={"directory": _place(root, task.directory)}) for task in record.tasks]
+    if is_copy:
+        tasks = [task.model_copy(update={"slurm": None, "preflight": None, "shared_with": None}) for task in tasks]
+        record = record.model_copy(update={"host": None, "pid": None, "allocation": None})
+    return record.model_copy(update={"tasks": tasks, "code": code})
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from pipeline.launch import scheduler
 from pipeline.launch.claim import live_claim
 from pipeline.launch.lock import LOCK, locked, read_owner
 from pipeline.launch.scheduler import Partition
-from pipeline.launch.slurm import Slurm, sbatch_flags, seconds_of, uses_device
+from pipeline.launch.slurm import Slurm, megabytes, sbatch_flags, seconds_of, uses_device
 from pipeline.settings import nearest
 from pipeline.worker import FrozenTask
 
@@ -43,6 +43,7 @@ OWN_FLAGS = {  # of sbatch, each with what to say instead
     "ntasks-per-socket": OWN_RANKS,
     "ntasks-per-gpu": OWN_RANKS,
     "kill-on-invalid-dep": "what waits for a task that failed never starts",
+    **dict.fromkeys(("requeue", "no-requeue"), "a job that is ended early goes on by itself; run.tries says how often"),
     "signal": "run.notice_s says how long before its end a training is told",
     "wrap": "a task says what runs",
     **dict.fromkeys(("parsable", "wait", "test-only", "quiet", "version", "help", "usage"), OWN_WAY),
@@ -52,6 +53,7 @@ SHORT_FLAGS = {
     **{"n": "ntasks", "W": "wait", "Q": "quiet", "V": "version", "h": "help"},
 }
 WITHOUT_VALUE = "HIOQVWhksv"  # of sbatch's short flags
+ASKED_BY = {"gpus_per_node": ("--gres", "--gpus"), "memory_per_node": ("--mem",), "cpus_per_rank": ("--cpus-per-task",)}
 
 Answers = dict[tuple[str, ...], tuple[str, str] | None]  # of `scheduler.refusal`, by what was asked
 
@@ -64,9 +66,9 @@ class Cluster:
     max_array: int
 
     def partition(self, run: Slurm) -> Partition | None:
-        """Return the partition that a task goes to; null if there is none of this name."""
-        if run.partition is not None:
-            return self.partitions.get(run.partition.partition(",")[0])
+        """Return the partition that a task goes to; null if there is none of this name, or nobody says which."""
+        if name := run.partition or os.environ.get("SBATCH_PARTITION"):
+            return self.partitions.get(name.partition(",")[0])
         return next((one for one in self.partitions.values() if one.is_default), None)
 
     def limit_s(self, run: Slurm) -> int | None:
@@ -114,8 +116,8 @@ def refuse_live(root: Path, name: str) -> None:
 def under_way(root: Path, name: str, where: str) -> LaunchError:
     """Return the error of a job that is started while one of its name waits or runs."""
     return LaunchError(
-        f"{name}: a job of this name is under way ({where}); wait for it ({say(f'wait {name}', root)}), or end it "
-        f"({say(f'cancel {name}', root)})"
+        f"{name}: a job of this name is under way ({where}); wait for it ({say(f'wait {name}', root)}), end it "
+        f"({say(f'cancel {name}', root)}), or call this one name=OTHER"
     )
 
 
@@ -193,6 +195,12 @@ def _letters(flag: str) -> str:
     return next((letters[: i + 1] for i, letter in enumerate(letters) if letter not in WITHOUT_VALUE), letters)
 
 
+def unseen(run: Slurm) -> Iterator[str]:
+    """Say what this machine does not have, though the nodes may."""
+    if run.python is not None and "/" in run.python and not Path(run.python).exists():
+        yield f"run.python: {run.python} is not on this machine; right only if the nodes have it"
+
+
 def _unusable(root: Path) -> Iterator[str]:
     place = root.absolute()
     if "\\" in str(place) or not str(place).isprintable():
@@ -215,10 +223,20 @@ def _refused(task: FrozenTask, cluster: Cluster | None, said: Slurm | None, answ
     if cluster is not None and not problems:
         problems += _too_much(task, run, cluster, said)
     if cluster is not None and not problems and (answer := _ask(task, run, cluster, answers)) is not None:
-        setting, problem = answer
-        value = f"'{getattr(run, setting)}' is refused" if setting else "what this task asks for is refused"
-        problems.append(f"{_place(setting, task, said)}: {value}: {problem}")
+        setting, value, problem = _blamed(run, *answer)
+        problems.append(f"{_place(setting, task, said)}: {value} is refused: {problem}")
     yield from problems
+
+
+def _blamed(run: Slurm, setting: str, problem: str) -> tuple[str, str, str]:
+    """Return the setting that SLURM complains of, and its value: words of `flags` where those ask for the same."""
+    asked = ASKED_BY.get(setting, (f"--{setting}=",))
+    flags = [flag for flag in run.flags if flag.startswith(asked) or f"'{flag.partition('=')[0]}'" in problem]
+    problem = problem.partition(" Try ")[0]
+    if flags or setting == "flags":
+        return "flags", f"'{' '.join(flags or run.flags)}'", problem
+    value = getattr(run, setting, None)
+    return (setting, f"'{value}'", problem) if value else ("", "what this task asks for", problem)
 
 
 def _ask(task: FrozenTask, run: Slurm, cluster: Cluster, answers: Answers) -> tuple[str, str] | None:
@@ -227,17 +245,20 @@ def _ask(task: FrozenTask, run: Slurm, cluster: Cluster, answers: Answers) -> tu
     if words not in answers:
         answers[words] = scheduler.refusal(words)
     answer, partition = answers[words], cluster.partition(run)
-    if answer is not None and scheduler.NOT_AVAILABLE in answer[1] and partition is not None and not partition.is_whole:
-        return None  # as far as anybody can tell
+    if answer is not None and scheduler.NOT_AVAILABLE in answer[1] and partition is not None:
+        if megabytes(run.memory_per_node or "0") > partition.memory_mb:
+            return "memory_per_node", f"nodes of '{partition.name}' have {partition.memory_mb}M"
+        if not partition.is_whole:
+            return None  # as far as anybody can tell
     return answer
 
 
 def _too_much(task: FrozenTask, run: Slurm, cluster: Cluster, said: Slurm | None) -> Iterator[str]:
     partition, fewest = cluster.partition(run), run.elastic or run.nodes
     if partition is None:
-        name = run.partition or ""
-        known = nearest(name, list(cluster.partitions))
-        yield f"{_place('partition', task, said)}: no partition is called '{name}'{known}"
+        if run.partition is not None:  # else a default, a variable or a rule of the site decides
+            known = nearest(run.partition, list(cluster.partitions))
+            yield f"{_place('partition', task, said)}: no partition is called '{run.partition}'{known}"
     elif fewest > partition.num_nodes:
         yield (
             f"{_place('elastic' if run.elastic else 'nodes', task, said)}: wanted {fewest} nodes, but partition "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.artifact import WORK, write_json
 from pipeline.errors import ArtifactError, LaunchError
-from pipeline.jobs.evidence import directory_of, launcher_runs
+from pipeline.jobs.evidence import launcher_runs
 from pipeline.jobs.record import RECORD, JobRecord, TaskRecord, read_record
 from pipeline.launch import scheduler
 from pipeline.launch.claim import live_claim
@@ -76,7 +76,7 @@ def complete(root: Path, record: JobRecord) -> JobRecord:
         )
     tasks = []
     for task in record.tasks:
-        directory = directory_of(root, task)
+        directory = Path(task.directory)
         if task.slurm is None and (directory / WORK).is_dir():
             with deciding(directory):  # an sbatch may have outlived it
                 claim = live_claim(directory)

@@ -4,6 +4,7 @@ Success is the manifest, and failure what a task has left in `work/result.json`.
 runs, and about what ended without a word.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +24,7 @@ REMOVING = (FAILED, LOST, CANCELLED, STOPPED)  # of what waits for such a task S
 WAITED, SAVED = "waited for ", "state saved"
 STOPS = (Preempted.exit_status, Interrupted.exit_status)
 NEVER_SATISFIED = "DependencyNeverSatisfied"
+ADVICE = re.compile("; (?:the same command continues|the end of )")  # in a problem, before what to do and a log
 DIED = {  # of SLURM's states
     "TIMEOUT": "its time was over",
     "OUT_OF_MEMORY": "out of memory",
@@ -42,16 +44,19 @@ class TaskStatus:
             "never started"; "unknown" where SLURM had to be asked and does not answer.
         reason: Why it waits, as SLURM says it (Resources, Priority, Dependency, BeginTime after a requeue), or in
             which state of SLURM it ended.
+        waits_for: The tasks that have to be done before it, or the preflight, while it waits.
         job_id: Of SLURM.
         shared_with: The job that submitted it, where another one did.
         nodes: Where it runs or ran.
+        begins: When SLURM is to begin it, as "2026-01-31T19:39:00", while it waits and SLURM knows.
         tries: How often it has begun since it was submitted.
         elements: Of an array: how many of its elements are in which state.
+        element: The first of them that failed or was lost.
         done: Steps of a training, or units of other work, of `total` `noun`; null where nothing says so.
         ranks_done: Processes of a data task that have ended well, of `ranks`.
         loss, tokens_per_s: Of the last step.
         left_s: Seconds that the rest will take, while it runs.
-        error: The last error, or why it never started.
+        error: The last error, or why it never started; while it waits or runs, how an earlier try ended.
         exit_status: That of a failed or stopped task; 0 once it is done; null before.
     """
 
@@ -59,11 +64,14 @@ class TaskStatus:
     kind: str
     state: str
     reason: str = ""
+    waits_for: list[str] = field(default_factory=list)
     job_id: str | None = None
     shared_with: str | None = None
     nodes: str = ""
+    begins: str = ""
     tries: int = 0
     elements: dict[str, int] = field(default_factory=dict)
+    element: int | None = None
     done: int | None = None
     total: int | None = None
     noun: str = ""
@@ -171,6 +179,7 @@ def _judge_task(
         state=DONE,
         job_id=job_id,
         shared_with=shared,
+        begins=min((s.begins for s in here.values() if s.state in WAITS and s.begins[:1].isdigit()), default=""),
         nodes=",".join(dict.fromkeys(one.nodes for one in here.values() if one.nodes)),
         tries=max((marks.tries for marks in evidence.marks.values()), default=0),
         ranks=task.ranks,
@@ -191,13 +200,11 @@ def _judge_task(
         if parts[part].state == NEVER and (is_removed or (here and one is None and not marks.log_error)):
             parts[part] = replace(parts[part], state=CANCELLED, exit_status=Preempted.exit_status)
     whole = _combine(parts)
-    if not evidence.is_there and whole.state not in UNDER_WAY:
+    if evidence.is_gone and whole.state not in UNDER_WAY:
         whole = replace(whole, error=f"its directory is gone: {task.directory}")
     if whole.state in (NEVER, CANCELLED) and not any(marks.began for marks in evidence.marks.values()):
         why = _why_never(needs) or (_why_refused(task, evidence) if whole.state == NEVER else "")
         whole = replace(whole, error=why or whole.error)
-    if whole.state == WAITING and not whole.reason and (open_ := [n.name for n in needs if n.state != DONE]):
-        whole = replace(whole, reason=f"for {', '.join(open_)}")
     if whole.state != RUNNING:
         pace = replace(pace, left_s=None)
     hosts = ",".join(dict.fromkeys(marks.host for marks in evidence.marks.values() if marks.host))
@@ -205,21 +212,31 @@ def _judge_task(
         status,
         state=whole.state,
         reason=whole.reason,
+        waits_for=_waits_for(task, needs, whole),
         error=whole.error,
         exit_status=whole.exit_status,
         nodes=status.nodes or hosts,
         elements=dict(Counter(part.state for part in parts.values())) if task.is_array else {},
+        element=_first_bad(parts) if task.is_array else None,
     )
     return _with_pace(status, pace)
 
 
+def _waits_for(task: TaskRecord, needs: Sequence[TaskStatus], whole: _Judgement) -> list[str]:
+    if whole.state != WAITING:
+        return []
+    names = [need.name for need in needs if need.state != DONE]
+    return names or ([f"preflight {task.preflight}"] if task.preflight and whole.reason == "Dependency" else [])
+
+
 def _job_of(task: TaskRecord, evidence: Evidence, seen: Mapping[str, Seen] | None) -> tuple[str | None, str | None]:
     """Return the SLURM job that makes a task, and which other job submitted that; it may have been submitted anew."""
-    if task.slurm is not None and evidence.claim is not None and evidence.claim[0] != task.slurm and seen is not None:
+    claim = evidence.claim
+    if task.slurm is not None and claim is not None and claim.slurm not in (None, task.slurm) and seen is not None:
         mine = [one for id, one in seen.items() if id.partition("_")[0] == task.slurm]
-        theirs = [one for id, one in seen.items() if id.partition("_")[0] == evidence.claim[0]]
+        theirs = [one for id, one in seen.items() if id.partition("_")[0] == claim.slurm]
         if any(not one.is_over for one in theirs) and all(one.is_over for one in mine):
-            return evidence.claim
+            return claim.slurm, claim.job
     return task.slurm, task.shared_with
 
 
@@ -252,11 +269,20 @@ def _judge_part(marks: Marks, seen: Seen | None, asked: bool, launcher_runs: boo
 
 def _judge_queued(marks: Marks, seen: Seen) -> _Judgement:
     """Judge what SLURM says waits or runs; of an earlier try it tells how that ended."""
+    before = _before(marks)
     if seen.state not in WAITS:
-        return _Judgement(RUNNING, "" if seen.state == RUNNING.upper() else seen.state, marks.problem)
+        return _Judgement(RUNNING, "" if seen.state == RUNNING.upper() else seen.state, before)
     if seen.reason == NEVER_SATISFIED:
         return _Judgement(NEVER, seen.reason, exit_status=LaunchError.exit_status)
-    return _Judgement(WAITING, seen.reason if seen.reason != "None" else "", marks.problem)
+    return _Judgement(WAITING, seen.reason if seen.reason != "None" else "", before)
+
+
+def _before(marks: Marks) -> str:
+    """Return how the last try that has ended did so, without what was advised then."""
+    if not marks.problem:
+        return ""
+    number = marks.tries if marks.status is not None else marks.tries - 1
+    return f"try {max(number, 1)}: {ADVICE.split(marks.problem)[0]}"
 
 
 def _judge_forgotten(marks: Marks, asked: bool, launcher_runs: bool) -> _Judgement:
@@ -293,14 +319,19 @@ def _combine(parts: Mapping[str, _Judgement]) -> _Judgement:
     if state == DONE:  # and yet nobody has published
         return _Judgement(LOST, "", "all elements have ended, but nothing was published", LaunchError.exit_status)
     of_state = {int(name[1:]): part for name, part in parts.items() if part.state == state}
-    bad = {int(name[1:]): part for name, part in parts.items() if part.state in (FAILED, LOST)}
-    wrong = next(iter(bad.items()), next(((n, part) for n, part in of_state.items() if part.error), None))
-    error = f"element {wrong[0]}: {wrong[1].error or wrong[1].reason}" if wrong else ""
+    bad = _first_bad(parts)
+    number = next((number for number, part in of_state.items() if part.error), None) if bad is None else bad
+    wrong = None if number is None else parts[f"-{number:05d}"]
+    error = f"element {number}: {wrong.error or wrong.reason}" if wrong else ""
     if state == CANCELLED:  # of which element is no matter
         error = next((part.error for part in of_state.values() if part.error), "")
     reasons = Counter(part.reason for part in of_state.values() if part.reason)
     first = next(iter(of_state.values()))
     return _Judgement(state, next(iter(reasons), ""), error, first.exit_status)
+
+
+def _first_bad(parts: Mapping[str, _Judgement]) -> int | None:
+    return next((int(name[1:]) for name, part in parts.items() if part.state in (FAILED, LOST)), None)
 
 
 def _why_never(needs: Sequence[TaskStatus]) -> str:
@@ -311,9 +342,15 @@ def _why_never(needs: Sequence[TaskStatus]) -> str:
     first = next((task for task in blamed if not task.error.startswith(WAITED)), blamed[0])
     if first.error.startswith(WAITED):
         return first.error
-    verb = "" if first.state in (FAILED, NEVER) else "was "
     why = f": {first.error}" if first.error and first.state not in (CANCELLED, NEVER) else ""
-    return f"{WAITED}{first.name}, which {verb}{first.state}{why}"
+    return f"{WAITED}{first.name}, which {predicate(first.state)}{why}"
+
+
+def predicate(state: str) -> str:
+    """Return the words that say of a task that it is, or ended, in a state: "failed", "was lost", "is running"."""
+    if state in (FAILED, NEVER):
+        return state
+    return f"{'was' if state in (LOST, CANCELLED, STOPPED) else 'is'} {state}"
 
 
 def _why_refused(task: TaskRecord, evidence: Evidence) -> str:

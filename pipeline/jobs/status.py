@@ -2,34 +2,49 @@
 
 --watch shows it again and again until nothing waits or runs any more; Ctrl-C only ends the looking. --json prints one
 object for scripts: {"job", "state", "exit_status", "launcher", "submitted", "command", "problem", "tasks": [{"name",
-"kind", "state", "reason", "job_id", "shared_with", "nodes", "tries", "elements", "done", "total", "noun", "ranks_done",
-"ranks", "loss", "tokens_per_s", "left_s", "error", "exit_status", "directory"}, ...]}; without JOB a list of those. A
-state is "done", "running", "waiting", "failed", "lost" (ended without a word), "cancelled", "stopped" (its state is
-saved; retry continues it), "never started", "unknown" where SLURM does not answer, or of a job "damaged", whose record
-cannot be read. What is not known is null. `status` itself ends with 0, however the job is, or with 3 where one is
-damaged; `wait` ends with the job's own exit status.
+"kind", "state", "reason", "waits_for", "job_id", "shared_with", "nodes", "begins", "tries", "elements", "element",
+"done", "total", "noun", "ranks_done", "ranks", "loss", "tokens_per_s", "left_s", "error", "exit_status", "directory"},
+...]}; without JOB a list of those. A state is "done", "running", "waiting", "failed", "lost" (ended without a word),
+"cancelled", "stopped" (its state is saved; retry continues it), "never started", "unknown" where SLURM does not answer,
+or of a job "damaged", whose record cannot be read. What is not known is null. `status` itself ends with 0, however the
+job is, or with 3 where one is damaged; `wait` ends with the job's own exit status.
 """
 
 import json
+import re
+import shlex
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.errors import ArtifactError
-from pipeline.jobs.evidence import directory_of
+from pipeline.errors import ArtifactError, ConfigError
 from pipeline.jobs.look import look
 from pipeline.jobs.record import RECORD, JobRecord, read_record
-from pipeline.jobs.states import CANCELLED, DONE, FAILED, LOST, RUNNING, WAITED, WAITING, JobStatus, TaskStatus
+from pipeline.jobs.states import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    LOST,
+    NEVER,
+    RUNNING,
+    WAITED,
+    WAITING,
+    JobStatus,
+    TaskStatus,
+)
 from pipeline.jobs.words import parse, say
 from pipeline.progress import clock, terminal_width
+from pipeline.stages import AnyStage
 
 FLAGS = {"--watch": bool, "--json": bool}
 REFRESH_S = 3.0
@@ -37,6 +52,9 @@ DAMAGED = "damaged"
 STYLES = {DONE: "green", RUNNING: "cyan", FAILED: "red", LOST: "red", CANCELLED: "yellow", DAMAGED: "red"}
 LESS_TELLING = ("node", "tokens/s", "job id", "loss")  # in this order
 OF_ALL = ("job=", "stage=", "root=", "run=", "run.", "tracker")  # words of any command
+LACKING = re.compile(r"run\.setup|run\.python|there is no '|its nodes were tried first")
+STAGES = get_args(get_args(AnyStage)[0])
+RESULTS = {stage.model_fields["kind"].default: stage.result for stage in STAGES if stage.result is not None}
 UNBOUNDED = 1000  # columns, where nobody sees a terminal
 
 
@@ -130,8 +148,8 @@ def _page(found: _Found, name: str | None, root: Path) -> Group:
         none = Text("no job was started here; root=DIR says where")
         return Group(_jobs(found) if found.jobs or found.damaged else none, *problems)
     job = found.jobs[0]
-    errors = _errors(job) if terminal_width() is not None else []  # else in the line of their task, for grep
-    return Group(_tasks(job, terminal_width()), *errors, *problems, *_hints(job, root))
+    notes = _notes(job) if terminal_width() is not None else []  # else in the line of their task, for grep
+    return Group(_tasks(job, terminal_width()), *notes, *problems, *map(Text, hints(job, root)))
 
 
 def _text(page: Group) -> str:
@@ -168,7 +186,7 @@ def _tasks(job: JobStatus, width: int | None) -> Table:
     if width is None:
         return _tasks_without(job, frozenset())
     for number in range(len(LESS_TELLING) + 1):
-        table = _tasks_without(job, frozenset(("last error", *LESS_TELLING[:number])))
+        table = _tasks_without(job, frozenset(("note", *LESS_TELLING[:number])))
         if Console(width=UNBOUNDED).measure(table).maximum <= width:
             break
     return table
@@ -193,37 +211,46 @@ def _cells(task: TaskStatus) -> dict[str, Text | str]:
         "loss": "" if task.loss is None else f"{task.loss:.4f}",
         "tokens/s": "" if task.tokens_per_s is None else f"{task.tokens_per_s:,.0f}",
         "left": "" if task.left_s is None else clock(task.left_s),
-        "last error": _error(task),
+        "note": note(task),
     }
 
 
-def _error(task: TaskStatus) -> str:
-    """Return the last error in a line; of a task that waited for another one without the reason: that one shows it."""
+def note(task: TaskStatus) -> str:
+    """Return why a task is not done, in a line; of one that waited for another without that one's reason."""
     if not task.error or task.state == DONE:
         return ""
-    line = task.error.splitlines()[0]
+    line = task.error.splitlines()[0].partition("; the end of ")[0]
     return line.partition(": ")[0] if line.startswith(WAITED) else line
 
 
-def _errors(job: JobStatus) -> list[Text]:
-    """Return the last errors, those that are the same in one line: a column of a narrow terminal has no room."""
-    errors = dict.fromkeys(filter(None, map(_error, job.tasks)))
-    of_error = {error: ", ".join(task.name for task in job.tasks if _error(task) == error) for error in errors}
-    return [Text.assemble((f"{names}: ", "bold"), error, overflow="fold") for error, names in of_error.items()]
+def _notes(job: JobStatus) -> list[Text]:
+    """Return the notes, those that are the same in one line: a column of a narrow terminal has no room."""
+    notes = dict.fromkeys(filter(None, map(note, job.tasks)))
+    of_note = {said: ", ".join(task.name for task in job.tasks if note(task) == said) for said in notes}
+    return [Text.assemble((f"{names}: ", "bold"), said, overflow="fold") for said, names in of_note.items()]
 
 
 def describe(task: TaskStatus) -> str:
     """Return the state of a task in a few words: of an array how many elements are in which, and which try it is."""
-    words = task.state
-    if len(task.elements) > 1 or (task.elements and task.state in (RUNNING, WAITING)):
-        total = sum(task.elements.values())
+    words, total = task.state, sum(task.elements.values())
+    if total > 1:
         counts = [f"{count}/{total} {state}" for state, count in sorted(task.elements.items(), key=_done_first)]
         words = ", ".join(counts)
-    elif task.state == WAITING and task.reason.startswith("for "):
-        words = f"waiting {task.reason}"
-    if task.reason and task.state in (WAITING, RUNNING) and not task.reason.startswith("for "):
-        words += f" ({task.reason})"
+    if task.state in (WAITING, RUNNING):
+        words += _why_waiting(task)
     return f"{words}, try {task.tries}" if task.tries > 1 and task.state != DONE else words
+
+
+def _why_waiting(task: TaskStatus) -> str:
+    """Return what a task waits for; the reasons of SLURM that do not say that by themselves in plain words."""
+    if task.waits_for and task.reason in ("", "Dependency"):
+        return f" for {task.waits_for[0]}" + (", …" if len(task.waits_for) > 1 else "")
+    if task.reason == "BeginTime" and (task.begins or task.tries):
+        begins = task.begins.replace("T", " ").removeprefix(f"{date.today()} ")
+        return f" (begins {'again ' * (task.tries > 0)}{begins or 'within 2 min'})"  # SLURM's own delay
+    if task.reason in ("JobHeldUser", "JobHeldAdmin"):
+        return f" (held; scontrol release {task.job_id})"
+    return f" ({task.reason})" if task.reason else ""
 
 
 def _done_first(item: tuple[str, int]) -> tuple[bool, str]:
@@ -240,16 +267,36 @@ def _progress(task: TaskStatus) -> str:
     return ""
 
 
-def _hints(job: JobStatus, root: Path) -> list[Text]:
-    """Return what to do next, where something has to be done."""
+def hints(job: JobStatus, root: Path) -> list[str]:
+    """Return what to do next, where something has to be done; of a job that is done what a person opens of it."""
     name, state = job.record.name, job.state
-    if not job.is_over or state == DONE:
+    if not job.is_over:
         return []
+    if state == DONE:
+        made = [(task.name, RESULTS[task.kind]) for task in job.tasks if task.kind in RESULTS]
+        return [f"{task}: {root / 'jobs' / name / task / result}" for task, result in made]
     bad = next(task for task in job.tasks if task.state == state)
-    is_there = any(directory_of(root, task).is_dir() for task in job.record.tasks if task.name == bad.name)
-    lines = [f"why: {say(f'logs {name}.{bad.name}', root)}"] if state in (FAILED, LOST) and is_there else []
-    lines.append(f"continue: {say(f'retry {name}', root)}   as it was started; with other settings start it anew")
-    return [Text("\n".join(lines))]
+    lines = [f"continue with the same settings: {say(f'retry {name}', root)}"]
+    if words := [word for word in job.record.command if not word.startswith("root=")]:
+        lines.append(f"after changing a setting:        {say(shlex.join(words), root)}")
+    if _needs_change(bad):
+        lines.reverse()
+    if why := _why(job, bad):
+        lines.insert(0, f"why: {say(why, root)}")
+    return lines
+
+
+def _why(job: JobStatus, bad: TaskStatus) -> str:
+    """Return the words of the command that shows why a task ended so; none where nothing of it is kept."""
+    was_tried = bad.state == NEVER and any(task.preflight for task in job.record.tasks if task.name == bad.name)
+    if not (bad.state in (FAILED, LOST) or was_tried) or not (Path(bad.directory) / "logs").is_dir():
+        return ""
+    return f"logs {job.record.name}.{bad.name}" + (f" --rank {bad.element}" if bad.element else "")
+
+
+def _needs_change(bad: TaskStatus) -> bool:
+    """Return whether the same settings would fail again: they were refused, or a node lacks what they name."""
+    return bad.exit_status == ConfigError.exit_status or LACKING.search(bad.error) is not None
 
 
 def _table(*headings: str) -> Table:

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from pipeline.jobs.batch import (
     task_words,
 )
 from pipeline.jobs.record import FROZEN, RECORD, JobRecord, TaskRecord, beginning, new_record, read_record, write_record
-from pipeline.jobs.refusals import Cluster, bounded, read_cluster, refusals, refuse_live, refuse_working
+from pipeline.jobs.refusals import Cluster, bounded, read_cluster, refusals, refuse_live, refuse_working, unseen
 from pipeline.jobs.sharing import deciding, unwant, who_else_wants
 from pipeline.jobs.words import say
 from pipeline.launch import scheduler
@@ -44,10 +43,12 @@ def submit(tasks: list[Task], command: Command, job: str | None) -> JobRecord:
         LaunchError: If a job of this name is running, a task cannot be submitted, or there is no SLURM here.
         ArtifactError: If there is not room for an output.
     """
+    assert isinstance(command.run, Slurm)
     root, cluster = Path(command.root), read_cluster()
     fit_arrays(tasks, cluster)
     record, frozen = frozen_job(tasks, command, job)
-    assert isinstance(command.run, Slurm)
+    for line in unseen(command.run):
+        print(line, flush=True)
     return submit_frozen(root, record, frozen, cluster, command.run)
 
 
@@ -259,7 +260,7 @@ class Submission:
         preflight = self._try_nodes(task, lock) if needs_preflight(task) else None
         after += [preflight] if preflight else []
         assert isinstance(task.run, Slurm)
-        token, limit_s = _new_token(), self.cluster.limit_s(task.run)
+        token, limit_s = scheduler.new_token(), self.cluster.limit_s(task.run)
         self._begun.append(directory)
         write_claim(directory, self.planned.name, None, token)
         slurm = self._sbatch(task, task_words(self.planned, task, limit_s, after, token), token, lock)
@@ -270,7 +271,7 @@ class Submission:
         """Return the SLURM job that tries the nodes of a task: one for all tasks that ask for the same."""
         assert isinstance(task.run, Slurm)
         (Path(task.directory) / WORK / RESULT).unlink(missing_ok=True)
-        token, limit_s = _new_token(), self.cluster.limit_s(task.run)
+        token, limit_s = scheduler.new_token(), self.cluster.limit_s(task.run)
         asked = preflight_asks(task)
         if asked not in self._preflights:
             words = preflight_words(self.planned, task, limit_s, token)
@@ -279,7 +280,3 @@ class Submission:
 
     def _sbatch(self, task: FrozenTask, words: list[str], token: str, lock: int) -> str:
         return scheduler.submit(words, environment(task, self.planned.code), token, [lock], self.check_stop)
-
-
-def _new_token() -> str:
-    return f"pipeline {uuid.uuid4().hex}"

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pipeline.errors import LaunchError
 from pipeline.jobs.look import look
 from pipeline.jobs.record import read_record
 from pipeline.jobs.states import DONE, LOST, WAITING, JobStatus, TaskStatus
-from pipeline.jobs.status import describe
+from pipeline.jobs.status import describe, hints, note
 from pipeline.jobs.words import parse
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 10.0
@@ -31,11 +32,10 @@ def wait(arguments: Sequence[str]) -> int:
         LaunchError: If it is a job of SLURM, and there is none on this machine.
     """
     words = parse("wait", arguments, "JOB")
-    status, state = 0, ""
     for found in follow(words.root, words.names[0]):
-        status, state = found.exit_status or 0, found.state
-    print(f"{words.names[0]}: {state}", flush=True)
-    return status
+        last = found
+    print("\n".join([*hints(last, words.root), f"{words.names[0]}: {last.state}"]), flush=True)
+    return last.exit_status or 0
 
 
 def follow(root: Path, name: str) -> Iterator[JobStatus]:
@@ -55,12 +55,12 @@ def follow(root: Path, name: str) -> Iterator[JobStatus]:
             continue
         is_first = not shown
         for task in found.tasks:
-            line = _line(task)
-            if shown.get(task.name) != line:
+            news = _line(replace(task, waits_for=[]))  # that one of several is done is that one's news
+            if shown.get(task.name) != news:
                 if not is_first or task.state != DONE:  # what was done before is no news
-                    print(f"{datetime.now():%H:%M:%S}  {line}", flush=True)
+                    print(f"{datetime.now():%H:%M:%S}  {_line(task)}", flush=True)
                 pause_s = FIRST_PAUSE_S
-            shown[task.name] = line
+            shown[task.name] = news
         yield found
         if found.is_over:
             return
@@ -70,5 +70,4 @@ def follow(root: Path, name: str) -> Iterator[JobStatus]:
 
 def _line(task: TaskStatus) -> str:
     where = f" on {task.nodes}" if task.nodes and task.state not in (DONE, WAITING) else ""
-    error = f": {task.error.splitlines()[0]}" if task.error and task.state != DONE else ""
-    return f"{task.name}  {describe(task)}{where}{error}"
+    return f"{task.name}  {describe(task)}{where}{': ' * bool(note(task))}{note(task)}"

@@ -9,6 +9,8 @@ from pipeline.errors import ArtifactError, ConfigError
 from pipeline.jobs.record import RECORD, JobRecord, TaskRecord, read_record
 from pipeline.settings import nearest
 
+OTHERS_SAY = {"-f": "--follow", "-n": "--lines", "--tail": "--lines"}  # tail, kubectl
+
 
 def say(words: str, root: Path) -> str:
     """Return a command as a person gives it, with the root where that is not the usual one."""
@@ -52,8 +54,8 @@ def parse(
                 problems.append(f"{command}: {name}: wanted a number, found '{value}'")
         elif word in flags:
             words.flags[word] = True
-        elif word.startswith("-") or equals:
-            problems.append(f"{command}: no word is called '{name}'{nearest(name, [*flags, 'root'])}")
+        elif word.startswith("-") or (equals and not Path(word).exists()):
+            problems.append(f"{command}: no word is called '{name}'{_meant(name, flags, rest)}")
         else:
             words.names.append(word)
     if len(words.names) > most:
@@ -63,6 +65,14 @@ def parse(
     if problems:
         raise ConfigError(*problems)
     return words
+
+
+def _meant(name: str, flags: Mapping[str, type], rest: list[str]) -> str:
+    """Return what a word may have been meant to be, as the end of a message; the number after it goes."""
+    meant = OTHERS_SAY.get(name, "")
+    if flags.get(meant) is int and rest and rest[0].isdecimal():
+        rest.pop(0)
+    return f"; did you mean '{meant}'?" if meant in flags else nearest(name, [*flags, "root"])
 
 
 def find_task(root: Path, name: str) -> tuple[JobRecord, TaskRecord]:

@@ -21,16 +21,19 @@ class Claim(Settings):
         slurm: Its id; null until SLURM has answered.
         job: The job that it is of.
         token: Its comment, that no other SLURM job has; null where the id was known from the start.
+        cluster: Where it was submitted; an older claim does not say it.
     """
 
     slurm: str | None = None
     job: str
     token: str | None = None
+    cluster: str | None = None
 
 
 def write_claim(directory: Path, job: str, slurm: str | None, token: str | None = None) -> None:
     """Note that a SLURM job is, or is about to be submitted, to make the artifact in `directory`."""
-    write_json(directory / WORK / CLAIM, encode(Claim(slurm=slurm, job=job, token=token)))
+    claim = Claim(slurm=slurm, job=job, token=token, cluster=scheduler.cluster())
+    write_json(directory / WORK / CLAIM, encode(claim))
 
 
 def forget_claim(directory: Path) -> None:
@@ -51,18 +54,23 @@ def live_claim(directory: Path) -> Claim | None:
     """Return who is to make the artifact in `directory`, if SLURM says that this job waits or runs; with its id.
 
     Raises:
-        LaunchError: If there is a claim, and SLURM cannot be asked whether it still holds.
+        LaunchError: If there is a claim, and SLURM cannot be asked whether it still holds, as on another cluster.
     """
     claim = read_claim(directory)
     if claim is None:
         return None
     try:
+        here = scheduler.cluster() if claim.cluster else None
+        if claim.cluster != here:
+            raise LaunchError(f"it is of cluster {claim.cluster}, and this is {here}")
         slurm = claim.slurm or (scheduler.find(claim.token) if claim.token else None)
         seen = scheduler.look([slurm] if slurm else [])
     except LaunchError as error:
+        where = f"on a login node{f' of {claim.cluster}' if claim.cluster else ''}"
         raise LaunchError(
             f"{directory}: a SLURM job{f' ({claim.slurm})' if claim.slurm else ''} was submitted for it, and whether "
-            f"it still runs cannot be asked ({error}); ask on a login node, or delete {directory / WORK / CLAIM}"
+            f"it still runs cannot be asked ({error}); ask {where}, or, once it is over, delete "
+            f"{directory / WORK / CLAIM}"
         ) from None
     claim = claim.model_copy(update={"slurm": slurm})
     return claim if any(not one.is_over for one in seen.values()) else None

@@ -1,9 +1,12 @@
-"""Why a rank ended: the reason that it leaves for its launcher, and what is said of one that left none."""
+"""Why a rank ended: the reason that it leaves for its launcher, what is said of one that left none, and its log."""
 
 import json
+import os
+import re
 import signal
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,11 @@ from pipeline import errors
 from pipeline.artifact import WORK, write_json
 from pipeline.env import Share
 from pipeline.errors import ArtifactError, ConfigError, LaunchError, Lost, PipelineError
+from pipeline.stage import HEARTBEATS
 
 LAST_LINES = 15
+TRY = "--- try "  # how the line begins with which a try begins in a log
+OF_A_PEER = re.compile("Connection (?:closed|reset) by peer|remote process exited", re.IGNORECASE)
 
 
 def leave_reason(directory: Path, rank: int, error: PipelineError) -> None:
@@ -33,10 +39,11 @@ def left_reason(directory: Path, rank: int) -> PipelineError | None:
     return kind(*data["problems"])
 
 
-def forget_reasons(directory: Path, share: Share) -> None:
-    """Remove what these ranks left at an earlier try."""
+def forget_ranks(directory: Path, share: Share) -> None:
+    """Remove what these ranks left at an earlier try: their reasons, and signs of life, which are too old by now."""
     for rank in range(share.first, share.first + share.count):
-        (directory / WORK / f"failure-{rank:05d}.json").unlink(missing_ok=True)
+        for name in (f"failure-{rank:05d}.json", f"{HEARTBEATS}/{rank:05d}"):
+            (directory / WORK / name).unlink(missing_ok=True)
 
 
 def guessed_reason(directory: Path, rank: int, status: int) -> PipelineError:
@@ -46,18 +53,28 @@ def guessed_reason(directory: Path, rank: int, status: int) -> PipelineError:
         status: Its exit status, or the number of the signal that ended it, negated.
     """
     log = rank_log(directory, rank)
-    last = ""
-    with suppress(OSError):
-        last = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-LAST_LINES:])
+    last = _end_of(log)
     if status == ArtifactError.exit_status:
         return ArtifactError(f"{directory}: the disk is full; make room and run the same command again")
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
     hint = ""
     if status == -signal.SIGKILL:
         hint = f"; if nobody sent that, memory has run out: {short_of_memory(directory)}"
+    elif found := OF_A_PEER.search(last):
+        how += f" ({found[0]}: another rank was gone first)"
     end = f"; the end of {log}:\n{last}" if last else ""
     kind = Lost if status < 0 else LaunchError
     return kind(f"{directory}: rank {rank} {how}; the same command continues{hint}{end}")
+
+
+def _end_of(log: Path) -> str:
+    """Return the last lines that a rank printed at its last try."""
+    try:
+        lines = log.read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    newest = max((number for number, line in enumerate(lines, 1) if line.startswith(TRY)), default=0)
+    return "\n".join(lines[newest:][-LAST_LINES:]).strip()
 
 
 def short_of_memory(directory: Path) -> str:
@@ -89,3 +106,17 @@ def gigabytes(num_bytes: int) -> str:
 def rank_log(directory: Path, rank: int) -> Path:
     """Return the file with the output of a rank."""
     return directory / "logs" / f"rank-{rank:05d}.log"
+
+
+def heading(number: int, where: str = "") -> str:
+    """Return the line with which a try begins in a log; `where` is "SLURM job 12 on n1"."""
+    words = [str(number), where, f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"]
+    return f"{TRY}{', '.join(filter(None, words))} ---"
+
+
+def begin_log(log: Path, line: str) -> None:
+    """Part what comes from what earlier tries have printed; on a full disk they run into one another."""
+    with suppress(OSError), open(log, "ab+") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            file.write(b"\n")
+        file.write(f"{line}\n".encode())

@@ -14,7 +14,8 @@ from typing import IO, Literal
 from pipeline.artifact import WORK
 from pipeline.env import ATTEMPT, LAUNCHER, Share, StopRequest, cpus, reserved_port
 from pipeline.errors import Lost, Preempted
-from pipeline.launch.failures import forget_reasons, guessed_reason, left_reason, rank_log
+from pipeline.launch.failures import begin_log, forget_ranks, guessed_reason, heading, left_reason, rank_log
+from pipeline.progress import drop_unwritten
 from pipeline.stage import HEARTBEATS, Run
 
 REDRAW = b"\r\x1b[2K"  # how a progress line begins
@@ -44,7 +45,7 @@ def launch(directory: Path, run: Run, attempt: int, lock: int, stop: StopRequest
     """
     (directory / "logs").mkdir(exist_ok=True)
     share = Share(world=run.ranks, first=0, count=run.ranks)
-    forget_reasons(directory, share)
+    forget_ranks(directory, share)
     silence = Silence(directory, share, run.stall_timeout_s)
     with reserved_port() as port:
         ranks = _start_all(directory, run, {ATTEMPT: str(attempt), "MASTER_PORT": str(port)}, lock)
@@ -107,6 +108,7 @@ def _start(directory: Path, rank: int, shared: Mapping[str, str], lock: int) -> 
         start_new_session=True,  # Ctrl-C goes to the launcher alone, which asks the ranks to stop
         pass_fds=[lock],
     )
+    begin_log(rank_log(directory, rank), heading(int(shared[ATTEMPT])))
     log = open(rank_log(directory, rank), "ab")  # noqa: SIM115 (closed by the thread)
     process.pump = threading.Thread(target=_pump, args=(process.stdout, log, rank == 0), daemon=True)  # type: ignore[attr-defined]
     process.pump.start()  # type: ignore[attr-defined]
@@ -141,6 +143,7 @@ def _show(block: bytes) -> bool:
         sys.stdout.buffer.write(block)
         sys.stdout.buffer.flush()
     except (OSError, ValueError, AttributeError):
+        drop_unwritten(sys.stdout)
         return False
     return True
 

@@ -26,9 +26,12 @@ LOCK = "lock"
 BEAT_S = 10.0
 ASK_S = 5.0  # before SLURM is asked again
 STALE_S = 60.0  # without a sign of life, after which an owner on another machine counts as gone
-SETTLE_S = 0.5  # in which two that sign at the same moment, without a lock of the kernel, see one another
+SETTLE_S = 0.5  # in which two that sign at the same moment, where no lock of the kernel parts them, see one another
 SIGNATURE_BYTES = 4096  # more than one has
-SIGNATURE = {"words": str, "host": str, "pid": int, "job": str | None, "since": int}
+SIGNATURE = {
+    **{"words": str, "host": str, "pid": int, "job": str | None},
+    **{"since": int, "cluster": str | None, "restarts": int},  # which older ones lack
+}
 TRIES = "tries.jsonl"  # in work/: what was done already when each try began
 
 
@@ -77,7 +80,7 @@ def read_owner(directory: Path, name: str = LOCK) -> Mapping[str, Any] | None:
     except (OSError, ValueError):
         return None
     known = owner if isinstance(owner, dict) else {}
-    is_whole = all(isinstance(known.get(word, 0), kind) for word, kind in SIGNATURE.items())
+    is_whole = all(isinstance(known[word], kind) for word, kind in SIGNATURE.items() if word in known)
     return known if is_whole and {"words", "host", "pid", "job"} <= known.keys() else None
 
 
@@ -107,17 +110,20 @@ def slurm_job() -> str | None:
 
 
 class GoneJobs:
-    """Knows which SLURM jobs are over; SLURM is asked now and then."""
+    """Knows of which owners the SLURM job is over; SLURM is asked now and then, and of its own jobs only."""
 
     def __init__(self) -> None:
-        self._next, self._gone = 0.0, False
+        self._next, self._gone = 0.0, ""
 
-    def __contains__(self, job: str | None) -> bool:
-        if job is not None and not self._gone and time.monotonic() > self._next:
+    def __contains__(self, owner: Mapping[str, Any]) -> bool:
+        job: str = owner["job"]
+        if job != self._gone and time.monotonic() > self._next:
             self._next = time.monotonic() + ASK_S
             with suppress(LaunchError):
-                self._gone = all(seen.is_over for seen in scheduler.look([job], pauses_s=()).values())
-        return self._gone
+                if owner.get("cluster") in (None, scheduler.cluster(pauses_s=())):
+                    seen = scheduler.look([job], pauses_s=())
+                    self._gone = job if all(one.is_over for one in seen.values()) else ""
+        return job == self._gone
 
 
 def _take(descriptor: int, path: Path, gone_jobs: GoneJobs) -> str | None:
@@ -138,7 +144,7 @@ def _take(descriptor: int, path: Path, gone_jobs: GoneJobs) -> str | None:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         return f"{owner['words']}, whose last sign of life came {quiet_s:.0f} s ago,"
     signature = _sign(descriptor)
-    if not kernel_knows:
+    if slurm_job() or not kernel_knows:  # and a kernel may know only of its own node (localflock, nolock)
         time.sleep(SETTLE_S)  # of two that take it at the same moment the later signature stands
         if os.pread(descriptor, SIGNATURE_BYTES, 0) != signature:
             return "another process"
@@ -149,13 +155,22 @@ def _is_gone(owner: Mapping[str, Any], kernel_knows: bool, gone_jobs: GoneJobs) 
     """Return whether an owner that has not released its lock is known to have ended, whatever its heartbeat says."""
     if owner["host"] == socket.gethostname():
         return kernel_knows or not Path(f"/proc/{owner['pid']}").exists()
-    if owner["job"] is not None and owner["job"] == slurm_job():
-        return True  # SLURM ended it before it began this job again
-    return owner["job"] in gone_jobs
+    if owner["job"] is None:
+        return False
+    own = _own_job()
+    if owner["job"] == own["job"] and owner.get("cluster") in (None, own["cluster"]):
+        return bool(owner.get("restarts", -1) < own["restarts"])  # SLURM ended it before it began this job again
+    return owner in gone_jobs
+
+
+def _own_job() -> dict[str, Any]:
+    """Return what a signature says of the SLURM job that this process is in."""
+    cluster, restarts = (os.environ.get(f"SLURM_{name}") for name in ("CLUSTER_NAME", "RESTART_COUNT"))
+    return {"job": slurm_job(), "cluster": cluster, "restarts": int(restarts or 0)}
 
 
 def _sign(descriptor: int) -> bytes:
-    owner = {"words": place(), "host": socket.gethostname(), "pid": os.getpid(), "job": slurm_job()}
+    owner = {"words": place(), "host": socket.gethostname(), "pid": os.getpid(), **_own_job()}
     signature = json.dumps({**owner, "since": time.time_ns()}).encode()
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, signature, 0)

@@ -5,13 +5,17 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cache
 from tempfile import TemporaryFile
 
 from pipeline.errors import LaunchError
 from pipeline.launch.slurm import seconds_of
+from pipeline.progress import tell
 
 PATIENCE_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # before each further try of a command that failed for the moment
 FOR_THE_MOMENT = re.compile(
@@ -23,6 +27,8 @@ QUEUE_IS_FULL = re.compile("temporarily unable to accept|Resource temporarily un
 NOT_NOW = re.compile(
     "the queue is full|Required node not available|nodes .*(busy|drained|down)|submit limit|Job violates", re.IGNORECASE
 )
+OF_A_JOB = ("SLURM_", "SRUN_")  # how variables begin that SLURM sets in a job, and sbatch and srun read as options
+TO_REACH_SLURM = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 ANSWER = re.compile(r"(\d+)(;\S+)?")  # of sbatch: "12;cluster" where there are several
 BLAMED = {  # what sbatch says of a setting that it does not like
     "partition": "partition specified|partition name|partition not available|group not permitted to use this partition",
@@ -65,13 +71,14 @@ class Seen:
         state: As SLURM writes it: PENDING, RUNNING, COMPLETED, …
         reason: Why it waits, or why it ended.
         nodes: Where it runs or ran, as SLURM abbreviates them.
+        begins: When it began or is to begin, as "2026-01-31T19:39:00"; "N/A" where SLURM does not know.
     """
 
     id: str
     state: str
     reason: str = ""
     nodes: str = ""
-    elapsed: str = ""
+    begins: str = ""
 
     @property
     def is_over(self) -> bool:
@@ -86,6 +93,7 @@ class Partition:
     Attributes:
         limit_s: The longest job that it takes, in seconds; null where it takes any.
         is_whole: Whether none of its nodes is down or kept back.
+        memory_mb: What the node with the most memory has.
     """
 
     name: str
@@ -93,6 +101,7 @@ class Partition:
     num_nodes: int
     limit_s: int | None
     is_whole: bool = True
+    memory_mb: int = 0
 
 
 def command(
@@ -121,7 +130,7 @@ def command(
         if pause_s is None or not FOR_THE_MOMENT.search(problem):
             tried = f" (tried {number} times)" if number > 1 else ""
             raise LaunchError(f"{words[0]}: {problem or f'exit status {status}'}{tried}")
-        print(f"{words[0]}: {problem}; try {number + 1} of {len(pauses_s) + 1} in {pause_s:g} s", file=sys.stderr)
+        tell(f"{words[0]}: {problem}; try {number + 1} of {len(pauses_s) + 1} in {pause_s:g} s", sys.stderr)
         time.sleep(pause_s)
         if (found := before_retry()) is not None:
             return found
@@ -140,7 +149,7 @@ def _run(words: Sequence[str], environment: Mapping[str, str] | None, locks: Seq
             TemporaryFile("w+", errors="replace") as printed,
             subprocess.Popen(
                 words,
-                env={**os.environ, **(environment or {})},
+                env={**_surroundings(words[0]), **(environment or {}), "SLURM_TIME_FORMAT": "standard"},
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=subprocess.PIPE,
@@ -154,7 +163,7 @@ def _run(words: Sequence[str], environment: Mapping[str, str] | None, locks: Seq
             for line in filter(None, map(str.strip, process.stderr)):
                 said.append(line)
                 if line.endswith("sleeping and retrying"):
-                    print(line, file=sys.stderr, flush=True)
+                    tell(line, sys.stderr)
             status = process.wait()
             printed.seek(0)
             text = printed.read()
@@ -163,10 +172,23 @@ def _run(words: Sequence[str], environment: Mapping[str, str] | None, locks: Seq
             f"{words[0]}: there is no such command on this machine's PATH; run this on a login node of the "
             "cluster (or load its SLURM module), or say run=local"
         ) from None
-    problem = " ".join(said or text.split("\n")).strip().replace(f"{words[0]}: error: ", "")
+    problem = re.sub(rf"{words[0]}: (error: )?", "", " ".join(said or text.split("\n")).strip())
     if "configuration source" in problem:
         problem = "SLURM has no configuration here; set SLURM_CONF, or run this on a login node of the cluster"
     return status, text, problem
+
+
+def _surroundings(program: str) -> dict[str, str]:
+    """Return this process's variables; for sbatch without those of the job that it is in: the new one has its own."""
+    if program != "sbatch" or "SLURM_JOB_ID" not in os.environ:
+        return dict(os.environ)
+    names = [name for name in os.environ if name in TO_REACH_SLURM or not name.startswith(OF_A_JOB)]
+    return {name: os.environ[name] for name in names}
+
+
+def new_token() -> str:
+    """Return a comment for a job that no other job has."""
+    return f"pipeline {uuid.uuid4().hex}"
 
 
 def submit(
@@ -255,10 +277,10 @@ def look(ids: Iterable[str], pauses_s: Sequence[float] = PATIENCE_S) -> dict[str
     found: dict[str, Seen] = {}
     jobs = sorted({job.partition("_")[0] for job in wanted})
     one_more = jobs[0]  # of a single job that is forgotten squeue says that there is no such job, and fails
-    for line in _squeue("%i|%T|%r|%N|%M", "--jobs", ",".join([*jobs, one_more]), pauses_s=pauses_s):
-        job, state, reason, nodes, elapsed = line.split("|")
+    for line in _squeue("%i|%T|%r|%N|%S", "--jobs", ",".join([*jobs, one_more]), pauses_s=pauses_s):
+        job, state, reason, nodes, begins = line.split("|")
         if {job, job.partition("_")[0]} & wanted:
-            found[job] = Seen(job, state, reason, nodes, elapsed)
+            found[job] = Seen(job, state, reason, nodes, begins)
     if forgotten := wanted - {job.partition("_")[0] for job in found} - set(found):
         found |= _look_back(forgotten, pauses_s)
     return found
@@ -273,16 +295,13 @@ def _squeue(columns: str, *which: str, pauses_s: Sequence[float] = PATIENCE_S) -
 
 def _look_back(ids: Iterable[str], pauses_s: Sequence[float]) -> dict[str, Seen]:
     """Return what the accounting database knows of jobs that the controller has forgotten; nothing without one."""
-    words = ("--noheader", "--parsable2", "--allocations", "--format", "JobID,State,NodeList,Elapsed", "--jobs")
+    words = ("--noheader", "--parsable2", "--allocations", "--format", "JobID,State,NodeList", "--jobs")
     try:
         printed = command("sacct", *words, ",".join(sorted(ids)), pauses_s=pauses_s)
     except LaunchError:
         return {}
     rows = (line.split("|") for line in printed.splitlines())
-    return {
-        job: Seen(job, state.split(" ")[0], "", nodes.replace("None assigned", ""), elapsed)
-        for job, state, nodes, elapsed in rows
-    }
+    return {job: Seen(job, state.split(" ")[0], "", nodes.replace("None assigned", "")) for job, state, nodes in rows}
 
 
 def cancel(ids: Sequence[str]) -> None:
@@ -292,19 +311,14 @@ def cancel(ids: Sequence[str]) -> None:
 
 
 def requeue(job: str) -> None:
-    """Let a job begin anew, with the same id. Raises LaunchError if the cluster does not allow that."""
+    """Let a job begin anew, with the same id, whatever it was submitted with.
+
+    Raises:
+        LaunchError: If the cluster does not allow that.
+    """
+    with suppress(LaunchError):  # of a site that makes another choice for all jobs; an owner may take it back
+        command("scontrol", "update", f"JobId={job}", "Requeue=1", pauses_s=())
     command("scontrol", "requeue", job)
-
-
-def dependencies() -> dict[str, str]:
-    """Return what each of this user's jobs that waits for other jobs waits for, as SLURM writes it."""
-    rows = (line.split("|") for line in _squeue("%i|%E"))
-    return {job: waits for job, waits in rows if waits not in ("", "(null)")}
-
-
-def depend(job: str, after: Sequence[str]) -> None:
-    """Let a job wait until others have ended well."""
-    command("scontrol", "update", f"JobId={job}", f"Dependency=afterok:{':'.join(after)}")
 
 
 def show(job: str) -> dict[str, str]:
@@ -314,22 +328,56 @@ def show(job: str) -> dict[str, str]:
 
 
 def partitions() -> dict[str, Partition]:
-    """Return the partitions of the cluster by name."""
+    """Return the partitions of the cluster by name, hidden ones too."""
     found: dict[str, Partition] = {}
-    for line in command("sinfo", "--noheader", "--format", "%P|%D|%l|%T").splitlines():
-        name, nodes, limit, state = line.split("|")
-        plain, is_up = name.rstrip("*"), state in UP
+    for line in command("sinfo", "--all", "--noheader", "--format", "%P|%D|%l|%T|%m").splitlines():
+        name, nodes, limit, state, memory = line.split("|")
+        plain = name.rstrip("*")
+        one = Partition(plain, name.endswith("*"), int(nodes), seconds_of(limit), state in UP, int(memory.rstrip("+")))
         if known := found.get(plain):
-            found[plain] = replace(known, num_nodes=known.num_nodes + int(nodes), is_whole=known.is_whole and is_up)
-        else:
-            found[plain] = Partition(plain, name.endswith("*"), int(nodes), seconds_of(limit), is_up)
+            one = replace(
+                one,
+                num_nodes=known.num_nodes + one.num_nodes,
+                is_whole=known.is_whole and one.is_whole,
+                memory_mb=max(known.memory_mb, one.memory_mb),
+            )
+        found[plain] = one
     return found
 
 
 def max_array() -> int:
     """Return how many elements an array of jobs may have."""
-    found = re.search(r"MaxArraySize\s*=\s*(\d+)", command("scontrol", "show", "config"))
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", _configuration())
     return max(int(found[1]), 1) if found else 1000
+
+
+def cluster(pauses_s: Sequence[float] = PATIENCE_S) -> str:
+    """Return the name of the cluster that is asked here. Raises LaunchError if it does not answer."""
+    return os.environ.get("SLURM_CLUSTER_NAME") or _cluster(tuple(pauses_s))
+
+
+@cache  # it keeps its name
+def _cluster(pauses_s: Sequence[float]) -> str:
+    found = re.search(r"ClusterName\s*=\s*(\S+)", _configuration(pauses_s))
+    return found[1] if found else ""
+
+
+def clock() -> float:
+    """Return what time it is by the controller's clock, in seconds since the epoch."""
+    found = re.search(r"as of (\S+)", _configuration())
+    return time_of(found[1] if found else "") or time.time()
+
+
+def time_of(text: str) -> float | None:
+    """Return seconds since the epoch of a time that SLURM tells; null for "Unknown", as of the end without a limit."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
+
+
+def _configuration(pauses_s: Sequence[float] = PATIENCE_S) -> str:
+    return command("scontrol", "show", "config", pauses_s=pauses_s)
 
 
 def nodes_of(nodelist: str) -> list[str]:

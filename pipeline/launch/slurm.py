@@ -1,17 +1,70 @@
 """What a cluster is and what a task asks of it: the settings of `run=slurm` and of every cluster in conf/run."""
 
 import re
+import shlex
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from pipeline.progress import clock
 from pipeline.settings import Input, Settings, marked
 from pipeline.stage import Run, Stage, TaskName
 
-TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
-Time = Annotated[str, StringConstraints(pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$")]
-Memory = Annotated[str, StringConstraints(pattern=r"^\d+[KMGT]?$")]
+TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?")
+MEMORY = re.compile(r"(\d+)([KMGT]?)")
+
+
+def _written(value: Any) -> Any:
+    """Return what a person wrote where YAML makes a number of it, as of an account or a variable."""
+    return str(value) if type(value) is int else value
+
+
+def _time(value: Any) -> Any:
+    """Return a limit of time as sbatch knows it. Numbers from 60 on are refused: YAML makes one of 24:00:00 too."""
+    if type(value) is int and value >= 60:
+        quoted = f'wanted "{clock(value)}", in quotes, or "{value}" for minutes'
+        raise ValueError(f"YAML makes {value} of {clock(value)} without quotes; {quoted}")
+    if isinstance(value := _written(value), str) and TIME.fullmatch(value) is None:
+        raise ValueError(f'\'{value}\' is no time; wanted "8:00:00" or "1-12:00:00"')
+    return value
+
+
+def _memory(value: str) -> str:
+    if MEMORY.fullmatch(value) is None:
+        raise ValueError(f"'{value}' is no memory; wanted a number and K, M, G or T, as \"64G\"")
+    return value
+
+
+def _flags(words: list[str]) -> list[str]:
+    """Refuse a word that belongs to no flag, which sbatch would take for the script."""
+    for before, word in pairwise(["", *words]):
+        if not word.startswith("-") and (not before.startswith("-") or "=" in before):
+            whole = f'; a comma separates, so quote "{before},{word}"' if "=" in before else ""
+            raise ValueError(f"'{word}' does not begin with '-'{whole}")
+    return words
+
+
+def _lines(said: Any) -> Any:
+    """Return lines of shell one for one, whether they were written as one text or as several."""
+    texts = [said] if isinstance(said, str) else said
+    if not isinstance(texts, list):
+        return said
+    return [line for text in texts for line in (text.splitlines() if isinstance(text, str) else [text])]
+
+
+def _words(said: Any) -> Any:
+    """Return the words of a text."""
+    return shlex.split(said) if isinstance(said, str) else said
+
+
+Text = Annotated[str, BeforeValidator(_written)]
+Time = Annotated[str, BeforeValidator(_time)]
+Memory = Annotated[Text, AfterValidator(_memory)]
+Lines = Annotated[list[str], BeforeValidator(_lines)]
+Words = Annotated[list[Text], BeforeValidator(_words)]
+Flags = Annotated[Words, AfterValidator(_flags)]
 
 # what only the nodes of a training have; other tasks ask for it in `data` or `tasks`
 OF_TRAINING = ("nodes", "ranks_per_node", "gpus_per_node", "memory_per_node", "constraint")
@@ -33,10 +86,10 @@ class Resources(Settings):
         flags: More flags of sbatch, as they are.
     """
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
+    partition: Text | None = None
+    account: Text | None = None
+    qos: Text | None = None
+    constraint: Text | None = None
     time: Time | None = None
     nodes: int | None = Field(default=None, ge=1)
     ranks_per_node: int | None = Field(default=None, ge=1)
@@ -45,7 +98,7 @@ class Resources(Settings):
     memory_per_node: Memory | None = None
     array: int | None = Field(default=None, ge=1)
     at_once: int | None = Field(default=None, ge=1)
-    flags: list[str] | None = None
+    flags: Flags | None = None
 
 
 class Slurm(Run):
@@ -69,10 +122,10 @@ class Slurm(Run):
     """
 
     kind: Literal["slurm"] = "slurm"
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
+    partition: Text | None = None
+    account: Text | None = None
+    qos: Text | None = None
+    constraint: Text | None = None
     time: Time | None = None
     nodes: int = Field(default=1, ge=1)
     ranks_per_node: int | None = Field(default=None, ge=1)
@@ -81,15 +134,15 @@ class Slurm(Run):
     memory_per_node: Memory | None = None
     array: int = Field(default=4, ge=1)
     at_once: int | None = Field(default=None, ge=1)
-    flags: list[str] = []
+    flags: Flags = []
     data: Resources = Resources()
     model: Resources = Resources()
     tasks: dict[TaskName, Resources] = {}
-    setup: list[str] = []
+    setup: Lines = []
     python: str | None = None
-    container: list[str] = []
-    srun: list[str] = []
-    environment: dict[str, str] = {}
+    container: Words = []
+    srun: Flags = []
+    environment: dict[str, Text] = {}
     elastic: int | None = Field(default=None, ge=1)
     preflight: bool = True
     notice_s: int = Field(default=120, ge=1)
@@ -146,8 +199,14 @@ def share_of(memory: str | None, parts: int) -> str | None:
     """Return that part of the memory of a node, in whole megabytes; "0", all that it has, stays all."""
     if memory is None or memory == "0" or parts == 1:
         return memory
-    number, unit = int(memory.rstrip("KMGT")), memory.lstrip("0123456789") or "M"
-    return f"{max(1, int(number * 1024.0 ** ('KMGT'.index(unit) - 1) / parts))}M"
+    return f"{max(1, int(megabytes(memory) / parts))}M"
+
+
+def megabytes(memory: str) -> float:
+    """Return the megabytes of an amount of memory as sbatch writes it."""
+    found = MEMORY.fullmatch(memory)
+    assert found is not None
+    return float(found[1]) * 1024.0 ** ("KMGT".index(found[2] or "M") - 1)
 
 
 def is_array(run: Slurm, stage: Stage) -> bool:

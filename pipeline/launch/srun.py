@@ -16,18 +16,36 @@ from pipeline.env import ATTEMPT, ATTEMPT_NAME, FIRST_RANK, LAUNCHER, Share, Sto
 from pipeline.errors import LaunchError, Lost, PipelineError, Preempted
 from pipeline.launch import scheduler
 from pipeline.launch.deadline import Deadline
-from pipeline.launch.failures import forget_reasons, guessed_reason, left_reason, rank_log, short_of_memory
+from pipeline.launch.failures import (
+    begin_log,
+    forget_ranks,
+    guessed_reason,
+    heading,
+    left_reason,
+    rank_log,
+    short_of_memory,
+)
 from pipeline.launch.local import GRACE_S, PACKAGE, Silence
 from pipeline.launch.lock import slurm_job
 from pipeline.launch.slurm import Slurm
+from pipeline.progress import tell
 from pipeline.stage import Stage
 
 ENDED = re.compile(r"^srun: error: (?P<node>[^:\s]+): tasks? (?P<tasks>[\d,\-]+): (?P<how>.+)$")
-LOST = re.compile(r"^srun: error: Node failure on (?P<node>\S+)")
+LOST = (
+    re.compile(r"^srun: error: Node failure on (?P<node>\S+)"),
+    re.compile(r"^srun: error: Task launch for \S+ failed on node (?P<node>\S+):"),
+    re.compile(r"^srun: error: Failure sending signal \d+ to \S+ on node (?P<node>\S+): Communication connection"),
+)
+ERROR = re.compile(r"^\S+: (?:fatal|error): (?P<said>.+)$")
+NOT_TAKEN = re.compile("Unable to (?:confirm allocation|create step) for")  # of a step of which nothing has begun
 ALLOCATION = "PIPELINE_ALLOCATION"  # environment variable that slurm/stage.sbatch sets
 OUT_OF_MEMORY = "Out Of Memory"
 PAUSE_S = 0.1
 MOST_KILLS = 2
+MOST_ERRORS = 3  # of srun in a message: the first tell why
+MOST_LOGS = 256  # of ranks, in which it is noted that a try begins: then rank 0's alone
+PATIENCE_S, AGAIN_S = 300.0, 5.0  # with a controller that takes no step, as while it is restarted
 ONE_REQUEST_S = 1.0  # in which signals to stop count as one
 SIGNALS = {
     "Killed": signal.SIGKILL,
@@ -50,17 +68,33 @@ def launch(directory: Path, run: Slurm, share: Share, attempt: tuple[int, str], 
         Preempted: If the ranks were asked to stop, or the time of the job is nearly over.
     """
     (directory / "logs").mkdir(exist_ok=True)
-    forget_reasons(directory, share)
+    forget_ranks(directory, share)
+    _begin_logs(directory, share, attempt[0])
+    silence, deadline = Silence(directory, share, run.stall_timeout_s), Deadline(directory, run.notice_s)
+    patient = time.monotonic() + PATIENCE_S
     with reserved_port() as port:
-        step = Step(_words(directory, run, share), {**os.environ, **step_environment(run, share, attempt, port)})
-        silence = Silence(directory, share, run.stall_timeout_s)
-        try:
-            _wait(directory, share, step, silence, Deadline(directory, run.notice_s), stop)
-        finally:
-            step.close()
+        environment = {**os.environ, **step_environment(run, share, attempt, port)}
+        while True:
+            step = Step(_words(directory, run, share), environment)
+            try:
+                _wait(directory, share, step, silence, deadline, stop)
+            finally:
+                step.close()
+            if stop or not step.may_be_taken_later or time.monotonic() > patient:
+                break
+            tell(f"{directory}: srun: {step.said}; begun again in {AGAIN_S:g} s", sys.stderr)
+            time.sleep(AGAIN_S)
     if step.status == 0:
         return
     raise _reason(directory, run, share, step, silence, stop)
+
+
+def _begin_logs(directory: Path, share: Share, attempt: int) -> None:
+    """Note in the log of this job, and in those of its ranks, that a try begins."""
+    line = heading(attempt, f"SLURM job {slurm_job()} on {os.environ.get('SLURM_JOB_NODELIST')}")
+    tell(line)
+    for rank in range(share.first, share.first + (share.count if share.count <= MOST_LOGS else 1)):
+        begin_log(rank_log(directory, rank), line)
 
 
 class Step:
@@ -70,7 +104,8 @@ class Step:
         self.failed: dict[int, str] = {}  # how each task failed by itself, in the order of the news
         self.lost: list[str] = []  # nodes
         self.nodes: dict[int, str] = {}  # of the tasks that failed
-        self.last = ""
+        self.errors: list[str] = []  # the first that srun told
+        self._last = ""
         self._is_ending = False
         self._process = subprocess.Popen(
             words, env=dict(environment), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
@@ -82,6 +117,16 @@ class Step:
     def status(self) -> int | None:
         """Exit status of srun, null while it runs."""
         return self._process.poll()
+
+    @property
+    def said(self) -> str:
+        """What srun complained of, in one line."""
+        return "; ".join(self.errors) or self._last
+
+    @property
+    def may_be_taken_later(self) -> bool:
+        """Whether nothing has begun, for want of a controller."""
+        return bool(self.status and NOT_TAKEN.search(self.said) and scheduler.FOR_THE_MOMENT.search(self.said))
 
     def ask(self) -> None:
         """Ask all tasks to stop."""
@@ -111,15 +156,23 @@ class Step:
 
     def _read(self) -> None:
         assert self._process.stderr is not None
-        for line in self._process.stderr:
-            print(line, end="", file=sys.stderr, flush=True)
-            self.last = line.strip() or self.last
-            if found := LOST.match(line):
+        with self._process.stderr as news:
+            for line in news:
+                self._note(line)
+                tell(line, sys.stderr, end="")
+
+    def _note(self, line: str) -> None:
+        """Take the news from a line of srun."""
+        self._last = line.strip() or self._last
+        if (found := ERROR.match(line)) and len(self.errors) < MOST_ERRORS:
+            self.errors.append(found["said"].strip())
+        for pattern in LOST:
+            if (found := pattern.match(line)) and found["node"] not in self.lost:
                 self.lost.append(found["node"])
-            if (found := ENDED.match(line)) and not self._is_ending:
-                for task in _numbers(found["tasks"]):
-                    self.nodes[task] = found["node"]
-                    self.failed.setdefault(task, found["how"].strip())
+        if (found := ENDED.match(line)) and not self._is_ending:
+            for task in _numbers(found["tasks"]):
+                self.nodes[task] = found["node"]
+                self.failed.setdefault(task, found["how"].strip())
 
 
 def _words(directory: Path, run: Slurm, share: Share) -> list[str]:
@@ -158,14 +211,14 @@ def step_environment(run: Slurm, share: Share, attempt: tuple[int, str], port: i
     threads = str(run.threads or run.cpus_per_rank or max(1, cpus() // run.each))
     number, name = attempt
     return {
-        **run.environment,
-        FIRST_RANK: str(share.first),
-        "WORLD_SIZE": str(share.world),
         "MASTER_ADDR": os.environ.get("SLURMD_NODENAME", "127.0.0.1") if run.nodes > 1 else "127.0.0.1",
-        "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": threads,
         "RAYON_NUM_THREADS": threads,
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
+        **run.environment,
+        FIRST_RANK: str(share.first),
+        "WORLD_SIZE": str(share.world),
+        "MASTER_PORT": str(port),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
         ATTEMPT: str(number),
         ATTEMPT_NAME: name,
@@ -190,7 +243,7 @@ def _wait(directory: Path, share: Share, step: Step, silence: Silence, deadline:
             step.kill()
             end, kills = now + GRACE_S, kills + 1
         if not stop and deadline.is_near():
-            print(f"{directory}: the time of this job is nearly over: its state is saved", flush=True)
+            tell(f"{directory}: the time of this job is nearly over: its state is saved")
             stop.ask(signal.SIGUSR2)
         if stop and asked == float("inf"):
             asked = now
@@ -198,7 +251,7 @@ def _wait(directory: Path, share: Share, step: Step, silence: Silence, deadline:
         if now < asked + ONE_REQUEST_S:
             requests = len(_urgent(stop))
         elif len(_urgent(stop)) > requests:
-            print(f"{directory}: asked to stop again: the ranks are ended at once", flush=True)
+            tell(f"{directory}: asked to stop again: the ranks are ended at once")
             requests, end = len(_urgent(stop)), min(end, now)
         time.sleep(PAUSE_S)
 
@@ -219,21 +272,25 @@ def _reason(
     how = "" if failed is None else step.failed[failed]
     if reason is not None:
         return reason
+    if step.lost:
+        return Lost(f"{directory}: lost {', '.join(step.lost)}; the same command continues")
     if stop or how == "Terminated":  # only SLURM, or a person, sends that
         return Preempted(f"{directory}: what was done since the last checkpoint or unit will be done again")
     if how == OUT_OF_MEMORY:
         who = f"rank {share.first + (failed or 0)} on {step.nodes.get(failed or 0, 'its node')}"
         return LaunchError(f"{directory}: {who} ran out of memory: {short_of_memory(directory)}")
-    if step.lost:
-        return Lost(f"{directory}: lost {', '.join(step.lost)}; the same command continues")
     if failed is None:
         if step.status is not None and step.status < 0:
             return Lost(
                 f"{directory}: srun was ended by {signal.Signals(-step.status).name}; the same command continues"
             )
-        return LaunchError(f"{directory}: srun exited with status {step.status}: {step.last}")
+        if "Unable to confirm allocation" in step.said or scheduler.FOR_THE_MOMENT.search(step.said):
+            return Lost(f"{directory}: srun: {step.said}; the same command continues")
+        return LaunchError(f"{directory}: srun exited with status {step.status}: {step.said or 'it said nothing'}")
     guessed = guessed_reason(directory, share.first + failed, _status(how))
-    return Lost(str(guessed)) if run.nodes > 1 else guessed  # of a machine that went its peers hear first
+    if run.nodes > 1 and isinstance(guessed, LaunchError):  # of a machine that went its peers hear first
+        return Lost(str(guessed))
+    return guessed
 
 
 def _blamed(step: Step) -> int | None:

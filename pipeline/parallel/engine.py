@@ -183,7 +183,7 @@ def process_group(tensor: int = 1, timeout: timedelta = GROUP_TIMEOUT, at: str |
             # Note: else DeepSpeed compiles an operator that only inference needs: a minute, and a compiler
             deepspeed.ops.__compatible_ops__ = {}
         else:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            _take_gpu()
         ranks = {} if at is None else {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
         deepspeed.init_distributed(timeout=timeout, verbose=False, init_method=at, **ranks)
         try:
@@ -191,6 +191,15 @@ def process_group(tensor: int = 1, timeout: timedelta = GROUP_TIMEOUT, at: str |
         finally:
             # Note: not torch's own, which leaves DeepSpeed with a group that is not registered
             deepspeed.comm.destroy_process_group()
+
+
+def _take_gpu() -> None:
+    """Compute on the GPU of this rank's number on its machine; where ranks see one each (--gpus-per-task), on that."""
+    import torch
+
+    number = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+    os.environ["LOCAL_RANK"] = str(number)  # from which DeepSpeed takes it
+    torch.cuda.set_device(number)
 
 
 def build_engine(

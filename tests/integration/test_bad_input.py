@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
+import subprocess
 
 import pytest
-from support import MODEL_TASKS, PROJECT, run_pipeline
+from support import MODEL_TASKS, PROJECT, command, run_command, run_pipeline
 
 from pipeline.errors import ConfigError
 
@@ -14,8 +15,7 @@ def refused(tmp_path, *arguments, status) -> str:
     """Run a command line that must be refused; nothing may be published. Returns what it says."""
     done = run_pipeline(*arguments, f"root={tmp_path / 'artifacts'}", status=status)
     assert not list((tmp_path / "artifacts").rglob("manifest.json"))
-    if "usage: " not in done.stderr:  # what argparse says of unknown flags
-        assert all(line.startswith("error: ") for line in done.stderr.splitlines()), done.stderr
+    assert all(line.startswith("error: ") for line in done.stderr.splitlines()), done.stderr
     return done.stderr
 
 
@@ -66,7 +66,14 @@ def refused(tmp_path, *arguments, status) -> str:
         (["job=headless"], "jobs/headless.yaml: its first line must be '# @package _global_'"),
         (["job=broken"], "command line: "),
         (["job=empty"], "tasks: the job has none"),
-        (["--foo", "job=tiny"], "unrecognized arguments: --foo"),
+        (["--foo", "job=tiny"], "--foo: no such flag; did you mean '--info'?"),
+        (["job=tiny", "--dry-run"], "--dry-run: no such flag; did you mean '--plan'?"),
+        (["--job=tiny"], "--job: no such flag; did you mean 'job=NAME'?"),
+        (["job=tiny", "nodes=2"], "nodes: no such setting; did you mean 'run.nodes'?"),
+        (["job=tiny", "run=slurm", "tiny"], "missing EQUAL at '<EOF>'; wanted KEY=VALUE"),
+        (["job=tiny", "run=slurm", "run.flags=[--a=b]"], "goes into quotes of its own: "),
+        (["job=tiny", "name=a.b"], "name: wanted a name of up to 64 letters, digits, _ and -, found 'a.b'"),
+        (["name=x"], "nothing to do: say job=NAME or stage=KIND"),
         (["job=tiny", "tasks.pretrain.steps=${nope}"], "command line: "),
     ],
 )
@@ -89,16 +96,79 @@ def test_words_may_come_in_any_order(tmp_path, arguments, says):
     assert says in run_pipeline(f"root={tmp_path}", *arguments).stdout
 
 
-def test_a_job_may_be_a_file_anywhere(tmp_path):
-    shutil.copy(PROJECT / "tests/conf/job/tiny.yaml", tmp_path / "mine.yaml")
-    done = run_pipeline(f"job={tmp_path}/mine.yaml", f"root={tmp_path}/artifacts", "tasks.pretrain.steps=7", "--plan")
-    assert "11 of 11 tasks would run" in done.stdout
-    done = run_pipeline(f"job={tmp_path}/yours.yaml", "--plan", status=2)
-    assert done.stderr == f"error: job: {tmp_path}/yours.yaml: no such file\n"
-    shutil.copy(tmp_path / "mine.yaml", tmp_path / "quickstart.yaml")
-    done = run_pipeline(f"job={tmp_path}/quickstart.yaml", "--plan", status=2)
-    assert "the pipeline brings a job of this name; give the file another" in done.stderr
-    assert "nothing was started" in run_pipeline("job=jobs/quickstart.yaml", "--plan").stdout
+@pytest.mark.parametrize("name", ["mine.yaml", "äö, ü/mine.yaml", "äö.v1.yaml", "quickstart.yaml"])
+def test_a_job_may_be_a_file_anywhere(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(PROJECT / "tests/conf/job/tiny.yaml", path)
+    for said in (path, f"'{path}'"):
+        done = run_pipeline(
+            f"job={said}", f"root={tmp_path}/artifacts", "tasks.pretrain.steps=7", "run=slurm", "--plan"
+        )
+        assert "11 of 11 tasks would run" in done.stdout
+        assert f"--job-name={path.stem}.pretrain" in done.stdout
+
+
+def test_a_cluster_may_be_a_file_anywhere(tmp_path):
+    (tmp_path / "slurm.yaml").write_text("defaults: [slurm, _self_]\naccount: mine\n")
+    done = run_pipeline("job=tiny", f"run={tmp_path}/slurm.yaml", "run.nodes=2", f"root={tmp_path}/artifacts", "--plan")
+    assert "--account=mine --nodes=2 " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("job=yours.yaml", "job: yours.yaml: no such file"),
+        ("job={}/mine", "job: {0}/mine: a path has to end in .yaml; there is {0}/mine.yaml"),
+        ("run={}/mine", "run: {0}/mine: a path has to end in .yaml; there is {0}/mine.yaml"),
+        ("run={}/site", "run: no run is called '{}/site'; there is a100, "),
+        ("job={}/a job.yaml", "job: {}/a job.yaml: a job is called as its file; wanted a name of up to 64 letters, "),
+    ],
+)
+def test_a_file_that_cannot_be_taken_is_named(tmp_path, word, message):
+    for name in ("mine.yaml", "a job.yaml"):
+        (tmp_path / name).touch()
+    said = refused(tmp_path, word.format(tmp_path), "--plan", status=2)
+    assert said.startswith(f"error: {message.format(tmp_path)}")
+
+
+@pytest.mark.parametrize("words", [["job=tiny", "--plan"], ["--help"], ["status", "--help"], ["stage=clean", "--help"]])
+def test_a_reader_that_reads_no_further_is_no_error(tmp_path, words):
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        command(*words) if "=" in words[0] else [*command()[:3], *words],
+        cwd=PROJECT,
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("tiny", "no command is called 'tiny' (a job is run by job=NAME); there is cancel, "),
+        ("quickstart", "no command is called 'quickstart' (a job is run by job=NAME); did you mean 'job=quickstart'?"),
+        ("README.md", "did you mean 'job=README.md'?"),
+        ("statu", "no command is called 'statu' (a job is run by job=NAME); did you mean 'status'?"),
+    ],
+)
+def test_a_word_that_is_no_command_is_answered_with_the_nearest(word, message):
+    assert message in run_command(word, status=2).stderr
+
+
+def test_a_module_that_is_missing_in_a_job_by_hand_is_answered_with_what_that_reads(monkeypatch):
+    from pipeline.__main__ import _explained
+
+    missing = ModuleNotFoundError(name="xxhash")
+    monkeypatch.setenv("PIPELINE_ALLOCATION", "7")
+    monkeypatch.setattr("sys.argv", ["pipeline", "job=tiny", "run=slurm"])
+    assert "PIPELINE_SETUP or PIPELINE_PYTHON says where a node has it" in str(_explained(missing))
+    monkeypatch.setattr("sys.argv", ["pipeline", "task", "artifacts/x"])
+    assert "run.setup or run.python says where a node has it" in str(_explained(missing))
 
 
 def test_a_mistyped_task_is_answered_with_the_right_one(tmp_path):
@@ -111,6 +181,7 @@ def test_the_settings_of_a_stage_are_listed_with_their_defaults():
     assert "trunk" in said
     assert "full | frozen" in said
     assert "lr" in said  # of the optimizer that it holds
+    assert "gpus_per_node" in run_pipeline("run=slurm", "--help").stdout
     assert "did you mean 'clean'?" in run_pipeline("stage=claen", "--help", status=2).stderr
 
 

@@ -106,6 +106,18 @@ def test_a_sweep_runs_every_point(root):
     assert len(list((root / "samples").iterdir())) == 3
 
 
+def test_a_run_may_have_a_name_of_its_own(root):
+    run_pipeline("job=tiny", f"root={root}", "name=again", "tasks.generate.seed=1", "~tasks.report")
+    record = json.loads((root / "jobs/again/job.json").read_text())
+    assert (record["name"], record["command"][2]) == ("again", "name=again")
+    for task in ("pretrain", "evaluate"):  # made before under the other name
+        assert (root / "jobs/again" / task).resolve() == (root / "jobs/tiny" / task).resolve()
+    assert (root / "jobs/again/generate").resolve() != (root / "jobs/tiny/generate").resolve()
+    made = ("stage=generate", f"stage.model={root}/jobs/again/pretrain", "stage.prompt=x", f"root={root}", "name=say")
+    assert "generate: " in run_pipeline(*made).stdout
+    assert (root / "jobs/say/generate/samples.jsonl").is_file()
+
+
 def test_generate_prints_what_it_wrote(root):
     done = run_pipeline(
         "stage=generate", f"root={root}", f"stage.model={root}/jobs/tiny/pretrain", 'stage.prompt="Mr. Darcy"'

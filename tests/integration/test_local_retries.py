@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -84,6 +85,9 @@ def test_a_run_that_loses_a_rank_goes_on_by_itself_and_ends_as_if_nothing_had_be
     assert out.count("pretrain: begun again") == 1
     assert "rank 1 was ended by SIGKILL" in out
     assert "continues after" in out
+    for rank in range(2):
+        log = (root / f"jobs/tiny/pretrain/logs/rank-{rank:05d}.log").read_text()
+        assert re.findall(r"^--- try (\d+), 20[^,]* UTC ---$", log, re.MULTILINE) == ["1", "2"]
     assert weights(root) == weights(reference)
     assert [(row["step"], row["loss"]) for row in rows(root)] == [(row["step"], row["loss"]) for row in rows(reference)]
     directory = (root / "jobs/tiny/pretrain").resolve()

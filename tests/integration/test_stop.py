@@ -62,6 +62,15 @@ def test_a_closed_terminal_is_a_stop(root):
     assert "state saved" in errors
 
 
+def test_a_job_whose_output_nobody_can_take_goes_on(root):
+    shutil.rmtree(root / "report")
+    with open("/dev/full", "w") as full:  # as under nohup or cron, on a full disk
+        words = command("job=tiny", f"root={root}", "tasks.generate.seed=9")
+        done = subprocess.run(words, cwd=PROJECT, stdout=full, stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (root / "jobs/tiny/report/manifest.json").exists()
+
+
 def test_text_that_changes_while_it_is_read_is_not_published(root, tmp_path):
     data = tmp_path / "topics.jsonl"
     shutil.copy(PROJECT / "tests/data/topics.jsonl", data)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.jobs.evidence import directory_of, is_running, last_error, read_evidence, tail
+from pipeline.jobs.evidence import is_running, last_error, read_evidence, tail
 from pipeline.jobs.record import TaskRecord
 from pipeline.launch.lock import locked
 
@@ -106,6 +106,9 @@ def test_progress_of_an_array_is_that_of_all_its_elements_once_all_have_begun(tm
     pace = read(tmp_path, ranks=3, is_array=True).pace
     assert (pace.done, pace.total) == (8, 16)
     assert pace.left_s == pytest.approx(70, abs=2)
+    note(tmp_path, 1, 2, 6, left_s=50.0, age_s=100)
+    note(tmp_path, 2, 1, 5, left_s=80.0, age_s=100)
+    assert read(tmp_path, ranks=3, is_array=True).pace.left_s == 0
     note(tmp_path, 2, 0, 5)
     assert read(tmp_path, ranks=3, is_array=True).pace.left_s is None
     (tmp_path / "work/progress/00002.json").write_text('{"done": 1')  # is being written
@@ -118,6 +121,15 @@ def test_a_training_of_several_parts_says_how_far_the_part_is(tmp_path):
     pace = read(tmp_path, ranks=2).pace
     assert (pace.done, pace.total, pace.noun, pace.loss, pace.ranks) == (3, 10, "baseline (1 of 2) steps", 0.5, 0)
     assert pace.left_s == pytest.approx(7, abs=2)
+
+
+def test_a_training_of_several_parts_that_is_done_has_the_steps_of_its_result(tmp_path):
+    rows = [{"step": step, "time": 1.0} for step in (1, 500)]
+    write(tmp_path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path / "manifest.json", {"stats": {"steps": 250}})
+    assert (read(tmp_path).pace.done, read(tmp_path).pace.total) == (250, None)
+    write(tmp_path / "manifest.json", {"stats": {}})
+    assert read(tmp_path).pace.done == 500
 
 
 def test_a_lock_that_its_owner_holds_says_who_works_here(tmp_path):
@@ -155,16 +167,13 @@ def test_the_last_error_of_a_log_is_found(tmp_path):
     write(log, "nothing wrong\nan error: in the middle of words\n")
     assert last_error(log) == ""
     assert last_error(tmp_path / "none") == ""
+    write(log, "error: of another try\n--- try 2, SLURM job 7 on n1 ---\nbegun\n")
+    assert last_error(log) == ""
+    write(log, "error: of another try\n--- try 2, SLURM job 7 on n1 ---\nerror: n1: no python\n")
+    assert last_error(log) == "n1: no python"
 
 
-def test_a_root_that_was_moved_is_found_by_its_new_place(tmp_path):
-    (tmp_path / "new/model/a-0").mkdir(parents=True)
-    assert directory_of(tmp_path / "new", record("/old/model/a-0")) == tmp_path / "new/model/a-0"
-    assert str(directory_of(tmp_path, record("/old/model/a-0"))) == "/old/model/a-0"
-
-
-def test_a_directory_that_is_gone_or_damaged_is_no_error(tmp_path):
-    assert not read(tmp_path / "gone").is_there
+def test_a_directory_that_is_damaged_is_no_error(tmp_path):
     for name in ("task.json", "result.json", "claim.json", "lock", "tries.jsonl", "attempt"):
         write(tmp_path / f"work/{name}", "{")
     write(tmp_path / "metrics.jsonl", "\0\0\n[1]\n{}")

@@ -4,9 +4,11 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from support import MODEL_TASKS, PROJECT, command, run_command, run_pipeline
@@ -15,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tokens")]
 
 TRAINING = (
     "job=tiny",
-    "tasks.pretrain.steps=600",
+    "tasks.pretrain.steps=300",
     "tasks.pretrain.max_epochs=null",
     *(f"~tasks.{task}" for task in (*MODEL_TASKS, "report") if task not in ("pretrain", "export")),
 )
@@ -40,17 +42,23 @@ def test_a_job_on_this_machine_is_cancelled_and_a_retry_continues_it(root):
     while not list(root.glob("model/pretrain-*/metrics.jsonl")):
         assert time.monotonic() < deadline
         assert job.poll() is None
-        time.sleep(0.1)
+        time.sleep(0.02)
+    (rank,) = map(int, Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split())
+    os.kill(rank, signal.SIGSTOP)  # however fast it is, it is met in its middle
     found, tasks = tasks_of(root)
     assert (found["state"], found["launcher"], found["exit_status"]) == ("running", "local", None)
-    assert (tasks["pretrain"]["state"], tasks["pretrain"]["total"]) == ("running", 600)
-    assert (tasks["export"]["state"], tasks["export"]["reason"]) == ("waiting", "for pretrain")
+    assert (tasks["pretrain"]["state"], tasks["pretrain"]["total"]) == ("running", 300)
+    assert (tasks["export"]["state"], tasks["export"]["waits_for"]) == ("waiting", ["pretrain"])
     for again in (
         run_command("retry", "tiny", f"root={root}", status=4),
         run_pipeline(*TRAINING, f"root={root}", status=4),
     ):
         assert f"under way (process {job.pid} on " in again.stderr
-    assert "was asked to stop" in run_command("cancel", "tiny", f"root={root}").stdout
+    words = [sys.executable, "-m", "pipeline", "cancel", "tiny", f"root={root}"]
+    with subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as cancel:
+        assert cancel.stdout is not None
+        assert "was asked to stop" in cancel.stdout.readline()
+        os.kill(rank, signal.SIGCONT)
     assert job.communicate(timeout=60)[1].startswith("stopped: pretrain after step ")
     assert job.returncode == 75
     over = run_command("wait", "tiny", f"root={root}", status=75).stdout
@@ -62,6 +70,24 @@ def test_a_job_on_this_machine_is_cancelled_and_a_retry_continues_it(root):
     run_command("retry", "tiny", f"root={root}")
     assert {task["state"] for task in tasks_of(root)[1].values()} == {"done"}
     assert "continues after step " in run_command("logs", "tiny.pretrain", f"root={root}").stdout
+
+
+def test_a_copied_root_is_looked_at_and_worked_in_by_itself(root, tiny_tokens):
+    first = tiny_tokens.parents[1]
+    shutil.rmtree(next(root.glob("tokens/tokenize-*")))
+    untouched = sorted((path, path.lstat().st_mtime_ns) for path in first.rglob("*"))
+    _, tasks = tasks_of(root)
+    assert (tasks["dedup"]["state"], tasks["tokenize"]["state"]) == ("done", "never started")
+    assert tasks["tokenize"]["error"].startswith(f"its directory is gone: {root}/tokens/tokenize-")
+    done = run_command("retry", "tiny", f"root={root}").stdout
+    assert "tokenize done in " in done
+    assert {task["state"] for task in tasks_of(root)[1].values()} == {"done"}
+    made = (root / "jobs/tiny/tokenize").resolve()
+    assert made.parents[1] == root.resolve()
+    inputs = json.loads((made / "work/task.json").read_text())["inputs"].values()
+    assert inputs
+    assert all(path.startswith(f"{root}/") for path in inputs)
+    assert sorted((path, path.lstat().st_mtime_ns) for path in first.rglob("*")) == untouched
 
 
 def test_a_retry_of_other_raw_files_is_refused(root, tmp_path):

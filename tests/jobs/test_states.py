@@ -1,5 +1,6 @@
 """The state of a task follows from what its directory says and what SLURM says, each made up here."""
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -8,17 +9,19 @@ from pipeline.jobs.evidence import Evidence, Marks, Pace
 from pipeline.jobs.look import look
 from pipeline.jobs.record import JobRecord, TaskRecord
 from pipeline.jobs.states import JobStatus, judge
-from pipeline.jobs.status import _Found, _page, _text, describe
+from pipeline.jobs.status import _Found, _page, _text, describe, hints, note
+from pipeline.jobs.wait import _line
+from pipeline.launch.claim import Claim
 from pipeline.launch.scheduler import Seen
 
 NOTHING = Evidence(marks={"": Marks()})
 DONE = Evidence(is_done=True)
 
 
-def task(name, slurm="7", needs=(), ranks=1, is_array=False, **more):
+def task(name, slurm="7", needs=(), ranks=1, is_array=False, kind="pretrain", **more):
     return TaskRecord(
         name=name,
-        kind="pretrain",
+        kind=kind,
         directory=f"/nowhere/model/{name}-0",
         fingerprint="0",
         needs=list(needs),
@@ -57,7 +60,7 @@ def test_a_job_that_slurm_calls_completed_without_a_manifest_is_no_success():
     assert found.error == "it left neither a result nor an artifact"
 
 
-@pytest.mark.parametrize("reason", ["Resources", "Priority", "Dependency", "BeginTime"])
+@pytest.mark.parametrize("reason", ["Resources", "Priority", "Licenses"])
 def test_what_waits_says_why_in_the_words_of_slurm(reason):
     found = one(NOTHING, Seen("7", "PENDING", reason))
     assert (found.state, found.reason, found.exit_status) == ("waiting", reason, None)
@@ -67,10 +70,21 @@ def test_what_waits_says_why_in_the_words_of_slurm(reason):
 def test_a_requeued_job_tells_its_try_and_how_the_last_one_ended():
     stopped = marks(status=75, problem="after step 5, state saved", began=True, tries=1)
     found = one(stopped, Seen("7", "PENDING", "BeginTime"))
-    assert (found.state, found.error) == ("waiting", "after step 5, state saved")
-    again = one(marks(problem="after step 5, state saved", began=True, tries=2), Seen("7", "RUNNING", "None", "n1"))
+    assert (found.state, found.reason, found.error) == ("waiting", "BeginTime", "try 1: after step 5, state saved")
+    assert describe(found) == "waiting (begins again within 2 min)"
+    known = one(stopped, Seen("7", "PENDING", "BeginTime", begins=f"{date.today()}T19:39:05"))
+    assert describe(known) == "waiting (begins again 19:39:05)"
+    late = one(NOTHING, Seen("7", "PENDING", "BeginTime", begins="2001-02-03T19:39:05"))
+    assert describe(late) == "waiting (begins 2001-02-03 19:39:05)"
+    ending = one(stopped, Seen("7", "COMPLETING", "None", "n1"))
+    assert (describe(ending), note(ending)) == ("running (COMPLETING)", "try 1: after step 5, state saved")
+    killed = "rank 0 was ended by SIGKILL; the same command continues; if nobody sent that; the end of x.log:\nlast"
+    again = one(marks(problem=killed, began=True, tries=2), Seen("7", "RUNNING", "None", "n1"))
     assert describe(again) == "running, try 2"
-    assert (again.nodes, again.tries) == ("n1", 2)
+    assert (again.nodes, again.tries, again.error) == ("n1", 2, "try 1: rank 0 was ended by SIGKILL")
+    failed = one(marks(problem=killed, status=4, began=True, tries=2), Seen("7", "FAILED"))
+    assert failed.error == killed
+    assert note(failed).endswith("; if nobody sent that")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +166,7 @@ def test_the_table_shows_a_reason_once_and_json_everywhere():
     assert table.count("the disk is full") == 1
     assert table.count("waited for a, which failed") == 2
     assert [one["error"].count("the disk is full") for one in job.plain()["tasks"]] == [1, 1, 1]
+    assert [_line(one).count("the disk is full") for one in job.tasks] == [1, 0, 0]  # of `wait`
     assert "logs job.a" not in table  # its directory is gone
 
 
@@ -162,6 +177,68 @@ def test_dependents_of_a_task_whose_nodes_failed_never_started():
     assert [one.state for one in found] == ["never started"] * 2
     assert found[1].error == "waited for a, which never started"
     assert JobStatus(record(), found).exit_status == 4
+
+
+def test_what_waits_says_for_what_in_plain_words():
+    tasks = (task("a", "7"), task("b", "8", ["a"]), *(task(name, "9", ["a"]) for name in "cd"))
+    last = task("z", "10", ["a", "b", "c", "d"])
+    seen = {id: Seen(id, "PENDING", "Dependency") for id in ("8", "9", "10")}
+    seen["7"] = Seen("7", "PENDING", "JobHeldUser")
+    found = judge(record(*tasks, last), {one.name: NOTHING for one in (*tasks, last)}, seen)
+    a, b, *_, z = [describe(one) for one in found]
+    assert (a, b) == ("waiting (held; scontrol release 7)", "waiting for a")
+    assert z == "waiting for a, …"
+    assert (found[1].reason, found[1].waits_for) == ("Dependency", ["a"])
+    assert describe(one(NOTHING, Seen("7", "PENDING", "Dependency"), preflight="6")) == "waiting for preflight 6"
+    user_said = one(NOTHING, Seen("7", "PENDING", "BeginTime"))  # run.flags=[--begin=…]
+    assert describe(user_said) == "waiting (BeginTime)"
+
+
+def failed_job(tmp_path, why, state="FAILED", **more):
+    (tmp_path / "model/a-0/logs").mkdir(parents=True, exist_ok=True)
+    made = task("a", **more).model_copy(update={"directory": str(tmp_path / "model/a-0")})
+    words = ["job=night", "run=slurm", "tasks.a.name=two words", "root=elsewhere"]
+    job = record(made).model_copy(update={"command": words})
+    seen = Seen("7", state, "DependencyNeverSatisfied" if state == "CANCELLED" else "")
+    return JobStatus(job, judge(job, {"a": why}, {"7": seen}))
+
+
+def test_a_job_that_failed_says_how_to_go_on_with_and_without_a_change(tmp_path):
+    again = f"continue with the same settings: python -m pipeline retry job root={tmp_path}"
+    anew = "after changing a setting:        python -m pipeline job=night run=slurm 'tasks.a.name=two words'"
+    why, *rest = hints(failed_job(tmp_path, marks(status=4, problem="out of memory", began=True)), tmp_path)
+    assert why == f"why: python -m pipeline logs job.a root={tmp_path}"
+    assert rest == [again, f"{anew} root={tmp_path}"]
+    for evidence in (
+        marks(status=2, problem="steps: too many", began=True),
+        marks(log_error="nu1: run.setup: 'false' exited with status 1"),
+        marks(log_error="nu1: there is no 'python' here; say in run.setup or run.python where this node has it"),
+    ):
+        assert hints(failed_job(tmp_path, evidence), tmp_path)[1:] == [f"{anew} root={tmp_path}", again]
+
+
+def test_a_preflight_that_failed_has_a_why(tmp_path):
+    tried = Evidence(marks={"": Marks()}, preflight_error="n2: no GPU")
+    why, anew, _ = hints(failed_job(tmp_path, tried, "CANCELLED", preflight="6"), tmp_path)
+    assert why == f"why: python -m pipeline logs job.a root={tmp_path}"
+    assert anew.startswith("after changing a setting: ")
+
+
+def test_the_element_that_failed_is_named_in_why(tmp_path):
+    failed = Marks(status=3, problem="damaged", began=True)
+    evidence = Evidence(marks={"-00000": Marks(has_ended=True, status=0), "-00001": failed})
+    why, *_ = hints(failed_job(tmp_path, evidence, ranks=2, is_array=True), tmp_path)
+    assert why.startswith("why: python -m pipeline logs job.a --rank 1 root=")
+
+
+def test_a_job_that_is_done_says_where_what_people_open_is(tmp_path):
+    tasks = [task(kind, kind=kind) for kind in ("clean", "report", "export")]
+    job = record(*tasks)
+    found = JobStatus(job, judge(job, {one.name: DONE for one in tasks}, {}))
+    assert hints(found, tmp_path) == [
+        f"report: {tmp_path}/jobs/job/report/index.html",
+        f"export: {tmp_path}/jobs/job/export",
+    ]
 
 
 def test_a_preflight_that_failed_is_named():
@@ -189,6 +266,9 @@ def test_an_array_counts_its_elements_and_names_the_one_that_failed():
     assert (found.state, found.elements, found.exit_status) == ("failed", {"done": 3, "failed": 1}, 3)
     assert found.error == "element 2: line 7 is no JSON"
     assert describe(found) == "3/4 done, 1/4 failed"
+    assert found.element == 2
+    all_failed = array(failed, failed, seen=[Seen("7_0", "FAILED"), Seen("7_1", "FAILED")])
+    assert (describe(all_failed), all_failed.element) == ("2/2 failed", 0)
 
 
 def test_an_array_of_which_some_elements_run_is_running_and_tells_already_what_failed():
@@ -226,7 +306,7 @@ def test_an_array_whose_publishing_failed_is_no_success():
 
 
 def test_a_task_that_was_submitted_anew_is_followed_by_its_newest_job():
-    evidence = Evidence(claim=("12", "other"), marks={"": Marks(began=True)})
+    evidence = Evidence(claim=Claim(slurm="12", job="other"), marks={"": Marks(began=True)})
     found = one(evidence, Seen("7", "FAILED"), Seen("12", "RUNNING", "None", "n3"))
     assert (found.state, found.job_id, found.shared_with, found.nodes) == ("running", "12", "other", "n3")
     ended = one(evidence, Seen("7", "FAILED"), Seen("12", "FAILED"))
@@ -234,10 +314,19 @@ def test_a_task_that_was_submitted_anew_is_followed_by_its_newest_job():
 
 
 def test_a_directory_that_is_gone_is_said():
-    found = one(Evidence(is_there=False), slurm=None)
+    found = one(Evidence(is_gone=True), slurm=None)
     assert found.state == "never started"
     assert found.error == "its directory is gone: /nowhere/model/a-0"
-    assert one(Evidence(is_there=False), Seen("7", "RUNNING", "None", "n1")).state == "running"
+    assert one(Evidence(is_gone=True), Seen("7", "RUNNING", "None", "n1")).state == "running"
+
+
+def test_only_a_directory_that_there_was_is_gone(tmp_path):
+    (found,) = look(tmp_path, [record(task("a", slurm=None), launcher="local")])
+    assert (found.tasks[0].state, found.tasks[0].error) == ("never started", "")
+    (tmp_path / "jobs/job").mkdir(parents=True)
+    (tmp_path / "jobs/job/a").symlink_to("../../model/a-0")  # it was made once
+    (found,) = look(tmp_path, [record(task("a", slurm=None), launcher="local")])
+    assert found.tasks[0].error == "its directory is gone: /nowhere/model/a-0"
 
 
 def test_tasks_of_a_job_on_this_machine_wait_for_their_turn_while_its_launcher_lives():

@@ -7,7 +7,7 @@ from support import run_command
 
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.jobs.cancel import cancel
-from pipeline.jobs.logs import Reader
+from pipeline.jobs.logs import BLOCK_BYTES, Reader, has_words, logs
 from pipeline.jobs.retry import retry
 from pipeline.jobs.status import status
 from pipeline.jobs.words import find, parse
@@ -34,6 +34,16 @@ def test_all_wrong_words_are_told_at_once_with_the_nearest():
     )
 
 
+def test_the_words_of_other_programs_are_answered_with_ours():
+    flags = {"--follow": bool, "--lines": int}
+    with pytest.raises(ConfigError) as wrong:
+        parse("logs", ["a.b", "--tail", "3", "-f"], "JOB.TASK", flags)
+    assert wrong.value.problems == (
+        "logs: no word is called '--tail'; did you mean '--lines'?",
+        "logs: no word is called '-f'; did you mean '--follow'?",
+    )
+
+
 @pytest.fixture
 def root(tmp_path):
     task = {"name": "clean", "kind": "clean", "directory": str(tmp_path / "corpus/clean-0"), "fingerprint": "0"}
@@ -49,6 +59,8 @@ def test_a_job_and_a_task_are_found_by_their_names(root):
     assert find(root, "night.clean")[1].name == "clean"
     for name, words in (
         ("nigth", "no job of this name was started in .*; did you mean 'night'?"),
+        ("zebra", "no job of this name was started in .*; there is night; root=DIR says where$"),
+        ("night.clean.x", "night.clean: wanted a job, and this is a task of one; say 'night'"),
         ("night.cleen", "job 'night' has no task called 'cleen'; did you mean 'clean'?"),
     ):
         with pytest.raises(ArtifactError, match=words):
@@ -86,12 +98,14 @@ def test_a_job_that_never_ran_is_shown_as_such(root):
     assert (plain["state"], plain["exit_status"], plain["tasks"][0]["ranks"]) == ("never started", 4, 2)
     table = run_command("status", "night", f"root={root}").stdout
     assert "retry night" in table
-    assert "its directory is gone" in table
+    assert "gone" not in table  # it never had a directory
     assert "night" in run_command("status", f"root={root}").stdout
-    assert run_command("wait", "night", f"root={root}", status=4).stdout.endswith("night: never started\n")
+    over = run_command("wait", "night", f"root={root}", status=4).stdout
+    again = f"continue with the same settings: python -m pipeline retry night root={root}"
+    assert over.endswith(f"{again}\nnight: never started\n")
     run_command("cancel", "night", f"root={root}")
     missing = run_command("logs", "night.clean", f"root={root}", status=3).stderr
-    assert "there is no log of rank 0: the task is never started" in missing
+    assert "night.clean: rank 0 has printed nothing; the task never started" in missing
     refused = run_command("logs", "night.clean", "--rank=2", f"root={root}", status=2).stderr
     assert "night.clean has 2 ranks, from 0 on" in refused
     assert "start the job again" in run_command("retry", "night", f"root={root}", status=3).stderr
@@ -130,23 +144,93 @@ def test_a_retry_of_tasks_that_cannot_be_read_is_refused(root, text):
 def test_only_the_last_lines_are_read(tmp_path, capfdbinary):
     log = tmp_path / "rank-00000.log"
     log.write_bytes(b"".join(b"%d\n" % n for n in range(300_000)) + b"unfinished")
-    for lines, shown in ((2, b"299999\nunfinished"), (0, b""), (400_000, log.read_bytes())):
-        reader = Reader(log)
-        reader.skip_to_last(lines)
-        reader.print_new()
+    for lines, shown in ((2, b"299999\nunfinished"), (0, b""), (400_000, log.read_bytes()), (None, log.read_bytes())):
+        Reader(log, lines).print_new()
         assert capfdbinary.readouterr().out == shown
+
+
+@pytest.mark.parametrize("before", [0, 5, BLOCK_BYTES - 3, BLOCK_BYTES + 7])
+@pytest.mark.parametrize("after", [0, 5, BLOCK_BYTES - 20, 2 * BLOCK_BYTES])
+def test_only_what_the_newest_try_has_printed_is_read(tmp_path, capfdbinary, before, after):
+    log = tmp_path / "rank-00000.log"
+    newest = b"--- try 2, SLURM job 7 on n1 ---\n" + b"y" * after
+    log.write_bytes(b"--- try 1 ---\n" + b"x" * before + b"\n" + newest)
+    Reader(log).print_new()
+    assert capfdbinary.readouterr().out == newest
+    assert has_words(log) == (after > 0)
 
 
 def test_a_log_is_followed_through_growth_and_a_new_beginning(tmp_path, capfdbinary):
     log = tmp_path / "rank-00000.log"
     reader = Reader(log)
-    assert not reader.print_new()  # not there yet
+    reader.print_new()  # not there yet
     log.write_bytes(b"one\n")
-    assert reader.print_new()
+    reader.print_new()
     with open(log, "ab") as file:
         file.write(b"two\n")
-    assert reader.print_new()
-    assert not reader.print_new()
+    for _ in range(2):
+        reader.print_new()
     log.write_bytes(b"new\n")
-    assert reader.print_new()
+    reader.print_new()
     assert capfdbinary.readouterr().out == b"one\ntwo\nnew\n"
+
+
+class Failed:
+    """The job `night` after its array has failed, as its files tell it."""
+
+    def __init__(self, root):
+        self.root, self.directory = root, root / "corpus/clean-0"
+        record = json.loads((root / "jobs/night/job.json").read_text())
+        record["tasks"][0] |= {"is_array": True}
+        (root / "jobs/night/job.json").write_text(json.dumps(record))
+        self.leave("work/attempt-00001", "1")
+        result = {"status": 3, "problems": ["part 7 is damaged"], "where": "n1", "job": "8_1", "time": ""}
+        self.leave("work/result-00001.json", json.dumps(result))
+
+    def leave(self, name, text):
+        (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.directory / name).write_text(text)
+
+    def logs(self, capfd, *words):
+        assert logs(["night.clean", *words, f"root={self.root}"]) == 0
+        return capfd.readouterr()
+
+
+def test_logs_of_a_failed_array_are_those_of_the_element_that_failed(root, capfd):
+    failed = Failed(root)
+    failed.leave("logs/rank-00000.log", "well done\n")
+    failed.leave("logs/rank-00001.log", "--- try 1 ---\nold\n--- try 2 ---\nreads part 7\n")
+    failed.leave("logs/job-00001.log", "one\nerror: part 7 is damaged\n")
+    printed = failed.logs(capfd)
+    assert printed.out == "--- try 2 ---\nreads part 7\n"
+    assert printed.err == "night.clean failed: element 1: part 7 is damaged\n"
+    assert failed.logs(capfd, "--lines=4").out.startswith("--- try 1 ---\nold\n")
+    assert failed.logs(capfd, "--rank=0").out == "well done\n"
+    assert failed.logs(capfd, "--job").out == "one\nerror: part 7 is damaged\n"
+
+
+def test_a_rank_that_has_printed_nothing_in_this_try_gives_way_to_the_log_of_its_job(root, capfd):
+    failed = Failed(root)
+    failed.leave("logs/rank-00001.log", "--- try 1 ---\nold\n--- try 2 ---\n")
+    failed.leave("logs/job-00001.log", "one\ntwo\nerror: part 7 is damaged\n")
+    printed = failed.logs(capfd)
+    assert printed.out == "--- try 2 ---\none\ntwo\nerror: part 7 is damaged\n"
+    nothing = "night.clean: rank 1 has printed nothing in this try; "
+    assert printed.err.startswith(f"{nothing}{failed.directory}/logs/job-00001.log:\n")
+    assert failed.logs(capfd, "--lines=1").out == "--- try 2 ---\nerror: part 7 is damaged\n"
+    (failed.directory / "logs/job-00001.log").unlink()
+    failed_so = "night.clean failed: element 1: part 7 is damaged\n"
+    assert failed.logs(capfd).err == f"{nothing.removesuffix('; ')}\n{failed_so}"
+    assert failed.logs(capfd, "--job").err == f"night.clean: its SLURM job has printed nothing\n{failed_so}"
+
+
+def test_logs_of_a_task_whose_nodes_were_refused_are_those_of_the_preflight(root, capfd):
+    record = json.loads((root / "jobs/night/job.json").read_text())
+    record["tasks"][0] |= {"preflight": "6"}
+    (root / "jobs/night/job.json").write_text(json.dumps(record))
+    (root / "corpus/clean-0/logs").mkdir(parents=True)
+    (root / "corpus/clean-0/logs/preflight.log").write_text("torch 2\nerror: n2: no GPU\n")
+    assert logs(["night.clean", f"root={root}"]) == 0
+    printed = capfd.readouterr()
+    assert printed.out == "torch 2\nerror: n2: no GPU\n"
+    assert printed.err.endswith("never started: its nodes were tried first, by SLURM job 6: n2: no GPU\n")

@@ -1,6 +1,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -97,6 +99,12 @@ def test_a_rank_never_waits_for_a_terminal_that_is_gone(tmp_path, monkeypatch):
     stream.close()
     terminal.close()
     assert (tmp_path / "log").stat().st_size == 100 * 1001
+
+
+def test_what_a_rank_prints_on_a_full_disk_changes_no_exit_status():
+    program = "import sys; from pipeline.launch.local import _show; sys.exit(75 if not _show(b'x') else 0)"
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", program], stdout=full).returncode == 75
 
 
 @pytest.mark.parametrize(

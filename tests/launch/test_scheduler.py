@@ -1,5 +1,7 @@
 """What SLURM's commands say, understood. (How they behave: tests/slurm.)"""
 
+from datetime import datetime
+
 import pytest
 
 from pipeline.errors import LaunchError
@@ -84,11 +86,59 @@ def test_a_machine_without_slurm_is_told_where_there_is_one(monkeypatch, tmp_pat
         scheduler.partitions()
 
 
-def test_a_command_is_given_up_after_as_many_tries_as_it_says(monkeypatch, tmp_path, capsys):
-    failing = tmp_path / "squeue"
-    failing.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n")
-    failing.chmod(0o755)
+@pytest.fixture
+def program(monkeypatch, tmp_path):
+    """Puts a script in the place of one of SLURM's commands."""
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    def make(name, script):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+
+    return make
+
+
+def test_a_command_is_given_up_after_as_many_tries_as_it_says(program, capsys):
+    program("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(LaunchError, match=r"squeue: slurm_load_jobs error: .* \(tried 3 times\)"):
         scheduler.command("squeue", pauses_s=(0.0, 0.0))
     assert capsys.readouterr().err.count("; try ") == 2
+
+
+def test_a_job_inherits_nothing_of_the_job_in_which_it_is_submitted(program, monkeypatch):
+    for name in ("ARRAY_JOB_ID", "RESTART_COUNT", "NTASKS_PER_NODE", "CONF", "CLUSTERS", "JWT"):
+        monkeypatch.setenv(f"SLURM_{name}", name)
+    monkeypatch.setenv("SRUN_CPUS_PER_TASK", "8")
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    kept = {"SLURM_CONF=CONF", "SLURM_CLUSTERS=CLUSTERS", "SLURM_JWT=JWT", "SLURM_TIME_FORMAT=standard"}
+    for name in ("sbatch", "scontrol"):
+        program(name, "env | grep -E '^(SLURM|SRUN|WORD)'")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    given = set(scheduler.command("sbatch", environment={"WORD": "a"}).split())
+    assert given == {*kept, "WORD=a"}
+    assert {*kept, "SLURM_JOB_ID=12", "SRUN_CPUS_PER_TASK=8"} < set(scheduler.command("scontrol").split())
+    monkeypatch.delenv("SLURM_JOB_ID")  # then they are the user's own
+    assert {*kept, "SLURM_NTASKS_PER_NODE=NTASKS_PER_NODE"} < set(scheduler.command("sbatch").split())
+
+
+def test_hidden_partitions_are_listed_too(program):
+    program(
+        "sinfo",
+        "echo 'main*|4|infinite|idle|64000'; case \"$*\" in *--all*) echo 'secret|2|1:00:00|down|64000' ;; esac",
+    )
+    found = scheduler.partitions()
+    assert (found["secret"].num_nodes, found["secret"].limit_s, found["secret"].is_whole) == (2, 3600, False)
+    assert found["main"].is_default
+
+
+def test_a_cluster_tells_its_name_and_what_time_it_is_there(program, monkeypatch):
+    scheduler._cluster.cache_clear()
+    monkeypatch.delenv("SLURM_CLUSTER_NAME", raising=False)
+    program("scontrol", "echo 'Configuration data as of 2026-11-22T20:00:10\nClusterName             = alps'")
+    assert scheduler.cluster() == "alps"
+    assert scheduler.clock() == datetime(2026, 11, 22, 20, 0, 10).timestamp()
+    program("scontrol", "exit 1")
+    assert scheduler.cluster() == "alps"  # asked once
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "andes")  # in a job that is known
+    assert scheduler.cluster() == "andes"
+    scheduler._cluster.cache_clear()

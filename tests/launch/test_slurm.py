@@ -126,9 +126,53 @@ def test_times_are_read_as_slurm_writes_them(time, seconds):
     assert seconds_of(time) == seconds
 
 
-def test_a_time_that_slurm_would_not_understand_is_refused():
-    with pytest.raises(ConfigError, match=r"run\.slurm\.time|run\.time"):
-        slurm(time="two hours")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"time": "8h"}, 'run.time: \'8h\' is no time; wanted "8:00:00" or "1-12:00:00"'),
+        (
+            {"time": 86400},
+            'run.time: YAML makes 86400 of 24:00:00 without quotes; wanted "24:00:00", in quotes, or',
+        ),
+        ({"time": True}, "run.time: wanted a valid string, found True"),
+        (
+            {"data": {"memory_per_node": "640GB"}},
+            "run.data.memory_per_node: '640GB' is no memory; wanted a number and K, M, G or T, as \"64G\"",
+        ),
+        (
+            {"environment": {"A": 0.5}},
+            'run.environment.A: wanted a valid string, found 0.5; in quotes it is one: "0.5"',
+        ),
+        (
+            {"flags": ["--exclusive", "--mail-type=END", "FAIL"]},
+            "run.flags: 'FAIL' does not begin with '-'; a comma separates, so quote \"--mail-type=END,FAIL\"",
+        ),
+        ({"flags": "exclusive"}, "run.flags: 'exclusive' does not begin with '-'"),
+        ({"flags": "--comment='x"}, "run.flags: No closing quotation"),
+        ({"setup": 3}, "run.setup: wanted a valid array, found 3"),
+    ],
+)
+def test_what_is_not_written_as_slurm_wants_it_is_refused_with_what_is(settings, message):
+    with pytest.raises(ConfigError) as caught:
+        slurm(**settings)
+    assert str(caught.value).startswith(message)
+
+
+def test_numbers_and_single_words_are_taken_as_they_were_meant():
+    run = slurm(
+        time=30,
+        account=12345,
+        memory_per_node=0,
+        environment={"OMP_NUM_THREADS": 8},
+        flags="--exclusive -C gpu",
+        srun=["-c", 2],
+        container="apptainer exec --nv 'my image.sif'",
+        setup="module load x\nmodule load y",
+    )
+    assert (run.time, run.account, run.memory_per_node, run.environment["OMP_NUM_THREADS"]) == ("30", "12345", "0", "8")
+    assert (run.flags, run.srun) == (["--exclusive", "-C", "gpu"], ["-c", "2"])
+    assert run.container == ["apptainer", "exec", "--nv", "my image.sif"]
+    assert run.setup == slurm(setup=["module load x", "module load y\n"]).setup == ["module load x", "module load y"]
 
 
 def test_a_site_may_want_gpus_said_in_its_own_way():

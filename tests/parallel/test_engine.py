@@ -1,9 +1,11 @@
+import os
 from dataclasses import replace
 
 import pytest
+import torch
 
 from pipeline.errors import ConfigError
-from pipeline.parallel.engine import EngineSettings, deepspeed_json
+from pipeline.parallel.engine import EngineSettings, _take_gpu, deepspeed_json
 from pipeline.parallel.mesh import shape_batch
 from pipeline.stage import Parallel
 
@@ -145,3 +147,14 @@ def test_parameters_are_not_swapped_to_a_disk():
 def test_what_is_no_mapping_is_refused():
     with pytest.raises(ConfigError, match="run.parallel.deepspeed.zero_optimization: wanted a mapping, found 3"):
         deepspeed_json(settings(zero_optimization=3))
+
+
+@pytest.mark.parametrize(("gpus", "taken"), [(1, 0), (4, 3), (8, 3)])
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_that_it_sees(monkeypatch, gpus, taken):
+    chosen = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    _take_gpu()
+    assert chosen == [taken]
+    assert os.environ["LOCAL_RANK"] == str(taken)  # which DeepSpeed reads

@@ -4,16 +4,18 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from submitted import Submitted, wait_until
 from support import MODEL_TASKS, PROJECT, run_command, run_pipeline
+from trainings import RANK, processes
 
-STEPS = 1200
-TRAINING = (  # long enough to be met in its middle
+STEPS = 300
+TRAINING = (
     "job=tiny",
     "run=slurm",
     "run.array=2",
@@ -42,20 +44,26 @@ def status_of(cluster, root, **variables):
     return found, {task["name"]: task for task in found["tasks"]}
 
 
-def wait_for_step(cluster, root, step):
-    deadline = time.monotonic() + 90
-    while True:
-        found, tasks = status_of(cluster, root)
-        if (tasks["pretrain"]["done"] or 0) >= step and tasks["pretrain"]["state"] == "running":
-            return found, tasks
-        assert time.monotonic() < deadline, found
-        assert tasks["pretrain"]["state"] in ("waiting", "running"), found
+def steps_done(root):
+    return sum(path.read_bytes().count(b"\n") for path in root.glob("model/pretrain-*/metrics.jsonl"))
 
 
-def start(cluster, *words):
+def halt_after(job, steps):
+    """Halt the training of a job once it has done so many steps, however fast it is; SLURM wakes what it ends."""
+    wait_until(lambda: steps_done(job.root) >= steps, 120, job.what_is_there)
+    signal_rank(job, signal.SIGSTOP)
+
+
+def signal_rank(job, number):
+    (rank,) = processes(job.id("pretrain"), RANK)
+    os.kill(rank, number)
+
+
+def start(cluster, place, *words):
+    """Start a command that prints into a file."""
     line = [sys.executable, "-m", "pipeline", *map(str, words)]
-    env = {**os.environ, **cluster.env}
-    return subprocess.Popen(line, cwd=PROJECT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with open(place, "w", encoding="utf-8") as out:
+        return subprocess.Popen(line, cwd=PROJECT, env={**os.environ, **cluster.env}, stdout=out, stderr=out)
 
 
 def weights(root):
@@ -63,12 +71,14 @@ def weights(root):
     return path.read_bytes()
 
 
-def test_a_training_that_was_cancelled_requeued_and_retried_ends_in_the_same_bits(cluster, new_root):
+def test_a_training_that_was_cancelled_requeued_and_retried_ends_in_the_same_bits(cluster, new_root, tmp_path):
     undisturbed, root = new_root("undisturbed"), new_root("disturbed")
     run_pipeline(*TRAINING, f"root={undisturbed}", **cluster.env)
     run_pipeline(*TRAINING, f"root={root}", **cluster.env)
 
-    found, tasks = wait_for_step(cluster, root, REACHED)
+    job = Submitted(cluster, root)
+    halt_after(job, REACHED)
+    found, tasks = status_of(cluster, root)
     training, export = tasks["pretrain"], tasks["export"]
     assert (found["state"], found["exit_status"], found["launcher"]) == ("running", None, "slurm")
     assert (training["total"], training["noun"], training["tries"]) == (STEPS, "steps", 1)
@@ -89,19 +99,22 @@ def test_a_training_that_was_cancelled_requeued_and_retried_ends_in_the_same_bit
     assert over.endswith("tiny: cancelled\n")
 
     run_command("retry", "tiny", f"root={root}", **cluster.env)  # as many steps, though nobody says so again
-    waiting = start(cluster, "wait", "tiny", f"root={root}")
-    following = start(cluster, "logs", "tiny.pretrain", "--follow", f"root={root}")
-    _, tasks = wait_for_step(cluster, root, tasks["pretrain"]["done"] + REACHED)
-    job = tasks["pretrain"]["job_id"]
-    cluster.run("scontrol", "requeue", job)
-    cluster.start_now(job)
-    printed, errors = waiting.communicate(timeout=120)
-    assert waiting.returncode == 0, printed + errors
-    for line in ("pretrain  running on ", "pretrain  running, try 2 on ", "pretrain  done", "export  done"):
-        assert line in printed
-    log, errors = following.communicate(timeout=30)
-    assert following.returncode == 0, errors
-    assert log.count("continues after step ") == 2  # the retry, and the requeue
+    printed, log = tmp_path / "wait.txt", tmp_path / "logs.txt"
+    waiting = start(cluster, printed, "wait", "tiny", f"root={root}")
+    following = start(cluster, log, "logs", "tiny.pretrain", "--follow", f"root={root}")
+    halt_after(job, tasks["pretrain"]["done"] + REACHED)
+    wait_until(lambda: "pretrain  running on " in printed.read_text(), 60, printed.read_text)
+    cluster.run("scontrol", "requeue", job.id("pretrain"))
+    cluster.start_now(job.id("pretrain"))
+    wait_until(lambda: bool(processes(job.id("pretrain"), RANK)), 60, job.what_is_there)
+    signal_rank(job, signal.SIGSTOP)
+    wait_until(lambda: "pretrain  running, try 2 on " in printed.read_text(), 60, printed.read_text)
+    signal_rank(job, signal.SIGCONT)
+    assert waiting.wait(120) == 0, printed.read_text()
+    assert "pretrain  done" in printed.read_text()
+    assert "export  done" in printed.read_text()
+    assert following.wait(30) == 0, log.read_text()
+    assert log.read_text().count("continues after step ") == 2  # the retry, and the requeue
     _, tasks = status_of(cluster, root)
     assert {task["state"] for task in tasks.values()} == {"done"}
     assert tasks["pretrain"]["done"] == STEPS

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from submitted import wait_until
 
 DEVCLUSTER = Path(__file__).parents[2] / "slurm" / "devcluster"
 
@@ -105,20 +106,18 @@ def test_a_controller_that_is_killed_comes_back_with_its_queue(cluster):
 
 
 def test_a_cut_cable_leaves_processes_alive_that_the_controller_has_given_up(isolated_cluster, tmp_path):
-    beat = tmp_path / "beat"
-    script = f"while sleep 0.1; do echo >>{beat}; done"
+    beat, pid = tmp_path / "beat", tmp_path / "pid"
+    script = f"echo $$ >{pid}; while sleep 0.1; do echo >>{beat}; done"
     job_id = isolated_cluster.submit("--no-requeue", "-o", str(tmp_path / "out"), "--wrap", script)
     node = isolated_cluster.wait_for(job_id, "RUNNING")["NodeList"]
     isolated_cluster.cut(node)
     isolated_cluster.wait_for(job_id, "NODE_FAIL", timeout_s=90)
     size = beat.stat().st_size
-    isolated_cluster.run("sleep", "0.5")
-    assert beat.stat().st_size > size
+    wait_until(lambda: beat.stat().st_size > size, 30)
     isolated_cluster.heal(node)
     isolated_cluster.wait_for_node(node, "idle")
-    size = beat.stat().st_size
-    isolated_cluster.run("sleep", "0.5")
-    assert beat.stat().st_size == size
+    process = Path("/proc", pid.read_text().strip(), "cmdline")
+    wait_until(lambda: not process.exists() or not process.read_bytes(), 30)
 
 
 def test_two_clusters_run_side_by_side_and_down_leaves_nothing_of_one(cluster, new_cluster, tmp_path):

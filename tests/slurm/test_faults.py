@@ -5,10 +5,11 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from submitted import losses, manifest, wait_until
-from trainings import DRIVER, NAME, OTHERS, RANK, Training, processes, weights
+from trainings import DRIVER, OTHERS, RANK, Training, processes, weights
 
 STEPS = 400
 LONG = 800
@@ -151,8 +152,16 @@ def test_a_job_that_is_killed_while_it_publishes_publishes_the_same_when_it_is_b
     assert weights(training.made) == weights(reference(STEPS, 1))
 
 
-def test_a_controller_that_is_away_stops_neither_the_end_of_a_training_nor_its_new_beginning(cluster, train, reference):
-    training = train(STEPS, OFTEN)
+def test_a_controller_that_is_away_stops_no_step_no_end_of_a_training_and_no_new_beginning(
+    cluster, train, reference, tmp_path
+):
+    training = train(STEPS, OFTEN, f"run.setup=['{held_by(tmp_path)}']", f"run.python={sys.executable}")
+    wait_until((tmp_path / "held").exists, 60, training.what_is_there)
+    end_controller(cluster, signal.SIGTERM)  # which knows then that it has started this job
+    wait_until(lambda: cluster.run("scontrol", "ping", check=False).returncode != 0, 30)
+    (tmp_path / "go").touch()  # and nobody takes the step
+    wait_until(lambda: "begun again in 5 s" in training.log(), 60, training.what_is_there)
+    cluster.restart_controller()
     training.wait_for_step(60)
     end_controller(cluster)
     training.kill(RANK)  # the job has to be begun again, and there is nobody to ask
@@ -168,25 +177,45 @@ def test_a_controller_that_is_away_stops_neither_the_end_of_a_training_nor_its_n
     assert weights(training.made) == weights(reference(STEPS, 1))
 
 
-def end_controller(cluster) -> None:
-    os.kill(int((cluster.directory / "run/slurmctld.pid").read_text()), signal.SIGKILL)
+def test_a_node_that_is_lost_before_the_ranks_begin_costs_a_try_and_not_the_task(cluster, train, tmp_path):
+    setup = f"run.setup=['{held_by(tmp_path)}']"
+    training = train(2, "run.nodes=2", "run.preflight=false", setup, f"run.python={sys.executable}")
+    wait_until((tmp_path / "held").exists, 60, training.what_is_there)
+    lost = nodes(cluster, training)[1]
+    cluster.crash(lost)
+    (tmp_path / "go").touch()
+    training.again()
+    assert f"lost {lost}; the same command continues" in training.log()
+    assert lost not in training.finish()["NodeList"]
 
 
-def test_a_job_that_may_not_be_begun_again_has_a_successor_that_its_dependents_wait_for(cluster, train, reference):
+def held_by(place: Path) -> str:
+    """A line of setup with which a job makes the file `held`, and goes on once there is a file `go`."""
+    return f"touch {place}/held; until [ -e {place}/go ]; do sleep 0.1; done"
+
+
+def end_controller(cluster, number: int = signal.SIGKILL) -> None:
+    os.kill(int((cluster.directory / "run/slurmctld.pid").read_text()), number)
+
+
+def test_a_job_that_was_not_to_be_requeued_or_is_cancelled_for_another_one_is_begun_again(cluster, train, reference):
     others = [word for word in OTHERS if word != "~tasks.export"]
-    training = train(STEPS, OFTEN, "run.flags=[--no-requeue]", "run.partition=low", others=others)
-    export = training.id("export")
+    training = train(STEPS, OFTEN, "run.partition=low", others=others)
+    cluster.run("scontrol", "update", f"JobId={training.job}", "Requeue=0")
     training.wait_for_step(60)
     training.kill(RANK)
-    wait_until(lambda: training.id(NAME) != training.job, 60, training.what_is_there)
-    training.job = training.id(NAME)
+    training.again()
     training.wait_for_step(120, 2)
-    node = cluster.job(training.job)["NodeList"]
-    cluster.submit("-p", "high", "-w", node, "--exclusive", "--wrap", "true", "-o", "/dev/null")
-    wait_until(lambda: training.id(NAME) != training.job, 60, training.what_is_there)
-    training.finish()
+    cluster.run("scontrol", "update", f"JobId={training.job}", "Requeue=0")
+    cluster.run("scontrol", "update", "PartitionName=low", "PreemptMode=CANCEL", "GraceTime=8")
+    try:
+        node = cluster.job(training.job)["NodeList"]
+        cluster.submit("-p", "high", "-w", node, "--exclusive", "--wrap", "true", "-o", "/dev/null")
+        training.again()
+    finally:
+        cluster.run("scontrol", "update", "PartitionName=low", "PreemptMode=REQUEUE", "GraceTime=0")
+    assert int(training.finish()["Restarts"]) == 2
     training.wait("export")
-    assert training.id("export") == export
     assert training.states("export") == ["COMPLETED"]
     assert weights(training.made) == weights(reference(STEPS, 1))
 

@@ -24,8 +24,14 @@ HUGE = "10000G"
         (["run.time=0:30"], r"run\.time: wanted a minute or more, found '0:30'"),
         (["run.gpus_per_node=2"], r"run\.gpus_per_node: '2' is refused: .*generic resource"),
         (["run.cpus_per_rank=99"], r"run\.cpus_per_rank: '99' is refused: .*More processors requested than permitted"),
-        ([f"run.memory_per_node={HUGE}"], r"Requested node configuration is not available \(pretrain, "),
-        (["run.flags=[--nonsense]"], r"run\.flags: .* is refused: .*unrecognized option '--nonsense'"),
+        (
+            [f"run.memory_per_node={HUGE}"],
+            r"run\.memory_per_node: '10000G' .*: nodes of 'main' have 64000M \(pretrain, ",
+        ),
+        (
+            ["run.flags=[--hold,--nonsense]"],
+            r"run\.flags: '--nonsense' .*: sbatch: unrecognized option '--nonsense' \(",
+        ),
         (
             ["run.tasks={tokenise: {nodes: 1}}"],
             r"run\.tasks\.tokenise: the job has no such task; did you mean 'tokenize'",

@@ -129,7 +129,8 @@ def test_each_point_of_a_sweep_is_a_job_and_what_they_share_is_made_once(sweep):
     assert "[tiny-0] " in printed
     assert "[tiny-1] " in printed
     shown = run_command("status", f"root={root}").stdout.splitlines()
-    for line, fraction in zip(shown[1:], ("0.05", "0.1"), strict=True):
+    points = [line for line in shown if line.startswith("tiny-")]
+    for line, fraction in zip(points, ("0.05", "0.1"), strict=True):
         assert line.endswith(f"slurm  tasks.tokenize.held_out_fraction={fraction}"), line
     assert [first.id(task) == second.id(task) for task in first.tasks] == [True] * 4 + [False]
     assert [second.tasks[task]["shared_with"] for task in second.tasks] == ["tiny-0"] * 4 + [None]

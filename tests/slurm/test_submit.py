@@ -89,11 +89,8 @@ def is_clean(cluster, tmp_path: Path) -> bool:
     return not jobs(cluster) and not left and not (tmp_path / "root/jobs/tiny/job.json").exists()
 
 
-def other_job(tmp_path: Path) -> tuple[str, ...]:
-    """A job that has all but the last of its tasks in common with the other one."""
-    path = tmp_path / "other.yaml"
-    shutil.copy(PROJECT / "tests/conf/job/tiny.yaml", path)
-    return (f"job={path}", *DATA[1:], "tasks.tokenize.held_out_fraction=0.2")
+# the same job under another name, with all but the last of its tasks in common
+OTHER = (*DATA, "name=other", "tasks.tokenize.held_out_fraction=0.2")
 
 
 def record(tmp_path: Path, name: str = "tiny") -> dict[str, dict]:
@@ -132,8 +129,10 @@ def test_the_plan_shows_the_commands_that_are_given_and_does_nothing(cluster, su
 
 
 def test_without_slurm_the_plan_says_what_it_could_not_look_at(tmp_path):
-    words = ("job=tiny", "run=slurm", f"root={tmp_path / 'root'}")
-    shown = run_pipeline(*words, "--plan", PATH=str(tmp_path)).stdout
+    words = ("job=tiny", "run=slurm", "run.data.time=8:00", f"root={tmp_path / 'root'}")
+    shown = run_pipeline(*words, "--plan", "run.python=/no/python", PATH=str(tmp_path)).stdout
+    assert "shard: jobs of 8 min at the most" in shown
+    assert "\nrun.python: /no/python is not on this machine; right only if the nodes have it\n" in shown
     assert "sbatch --parsable --job-name=tiny.shard" in shown
     assert "not checked (SLURM is not on this machine): partitions, nodes" in shown
     refused = run_pipeline(*words, "run.time=0:30", "--plan", status=2, PATH=str(tmp_path)).stderr
@@ -205,15 +204,14 @@ def test_a_job_that_runs_on_this_machine_is_not_submitted(cluster, submit, tmp_p
 def test_what_another_job_makes_is_waited_for_and_not_made_twice(cluster, submit, tmp_path):
     submit(*DATA)
     first = record(tmp_path)
-    words = other_job(tmp_path)
-    plan = submit(*words, "--plan").stdout
+    plan = submit(*OTHER, "--plan").stdout
     assert f"dedup: is made by SLURM job {first['dedup']['slurm']} of tiny, which is waited for" in plan
-    submit(*words)
+    submit(*OTHER)
     second = record(tmp_path, "other")
     for name in DATA_TASKS[:-1]:
         assert (second[name]["slurm"], second[name]["shared_with"]) == (first[name]["slurm"], "tiny")
     assert second["tokenize"]["slurm"] != first["tokenize"]["slurm"]
-    assert len(jobs(cluster)) == len(DATA_TASKS) + 1
+    assert {*jobs(cluster)} == {*(f"tiny.{task}" for task in DATA_TASKS), "other.tokenize"}
     waits = cluster.job(second["tokenize"]["slurm"])["Dependency"]
     assert all(f"afterok:{first[name]['slurm']}" in waits for name in ("dedup", "train_tokenizer"))
 
@@ -287,7 +285,7 @@ def test_what_sbatch_prints_is_an_id_or_nothing_stays_submitted(cluster, submit,
 def test_a_submission_that_fails_leaves_what_another_job_waits_for_by_now(cluster, submit, tmp_path):
     first = begin(cluster, tmp_path, *DATA, PATH=waiting(tmp_path, 3, "echo refused >&2; exit 1"))
     wait_until((tmp_path / "wrapped/reached").exists, 60)
-    second = begin(cluster, tmp_path, *other_job(tmp_path))
+    second = begin(cluster, tmp_path, *OTHER)
     there = tmp_path / "root/jobs/other/job.json"
     wait_until(lambda: there.exists() and bool(record(tmp_path, "other")["clean"]["slurm"]), 60)
     (tmp_path / "wrapped/go").touch()
@@ -306,7 +304,7 @@ def test_a_submission_that_fails_leaves_what_another_job_waits_for_by_now(cluste
 
 def test_cancelling_a_job_leaves_what_one_shares_that_is_being_submitted(cluster, submit, tmp_path):
     submit(*DATA)
-    second = begin(cluster, tmp_path, *other_job(tmp_path), PATH=waiting(tmp_path, 1))
+    second = begin(cluster, tmp_path, *OTHER, PATH=waiting(tmp_path, 1))
     wait_until((tmp_path / "wrapped/reached").exists, 60)
     said = run_command("cancel", "tiny", f"root={tmp_path / 'root'}", **cluster_variables(cluster)).stdout
     assert said.count("goes on: other waits for it too") == len(DATA_TASKS) - 1

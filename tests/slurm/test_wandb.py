@@ -4,15 +4,19 @@ The server is tests/wandb_server.py, which the real client talks to; what W&B's 
 """
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 from submitted import Submitted, wait_until
 from support import MODEL_TASKS, PROJECT, run_pipeline
+from trainings import RANK, processes
 from wandb_server import Server
 
+STEPS = 300
 TRAINING = [f"~tasks.{task}" for task in (*MODEL_TASKS[1:], "report")]
 TRAINING += ["job=tiny", "run=slurm", "run.threads=1", "run.checkpoints.every_steps=5", "tracker=wandb"]
 
@@ -34,11 +38,13 @@ def test_a_training_that_is_requeued_is_one_run(cluster, tiny_tokens, tmp_path, 
     root = tmp_path / "artifacts"
     shutil.copytree(tiny_tokens.parent.parent, root, symlinks=True)
     account = {"SLURM_CONF": cluster.env["SLURM_CONF"], **server.variables()}
-    words = ["tasks.pretrain.steps=700", f"root={root}"]
+    words = [f"tasks.pretrain.steps={STEPS}", f"root={root}"]
     run_pipeline(*TRAINING, *words, **account)
     job = Submitted(cluster, root)
     directory = job.directory("pretrain")
     wait_until(lambda: list(directory.glob("checkpoints/step-*[0-9]")), 120, job.what_is_there)
+    (rank,) = processes(job.id("pretrain"), RANK)
+    os.kill(rank, signal.SIGSTOP)  # however fast it is, it is requeued in its middle; SLURM wakes what it ends
     assert "(unfinished)" in sync(cluster, root, server)
     cluster.run("scontrol", "requeue", job.id("pretrain"))
     cluster.start_now(job.id("pretrain"))
@@ -51,5 +57,5 @@ def test_a_training_that_is_requeued_is_one_run(cluster, tiny_tokens, tmp_path, 
     assert "(finished)" in sync(cluster, root, server)
     (run,) = server.runs.values()
     recorded = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert run.steps == [row["step"] for row in recorded] == list(range(1, 701))
+    assert run.steps == [row["step"] for row in recorded] == list(range(1, STEPS + 1))
     assert run.ends[-1] == 0

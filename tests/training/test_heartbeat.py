@@ -129,7 +129,7 @@ def test_a_rank_follows_the_one_that_found_the_stall_first(tmp_path):
         heart.beat("forward", step)
         if ends.came.wait(0.02):
             break
-    assert ends.status == 5
+    assert ends.status == Lost.exit_status
     assert str(left[0]).startswith("rank 1 of 2 sleeps; ")
 
 

@@ -373,7 +373,8 @@ def test_room_for_all_of_them_is_looked_for(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=40_000))
     with pytest.raises(
-        ArtifactError, match=r"4 checkpoints of 0.00 GB are there at once, .* keep fewer with run.check"
+        ArtifactError,
+        match=r"4 checkpoints of 0.012 MB are there at once, for which 0.008 MB more .* keep fewer with run.check",
     ):
         saver.check_space(1000, 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=48_000))

@@ -77,7 +77,7 @@ def _meetings(ctx: Context, layouts: Sequence[Layout]) -> Iterator[tuple[Mesh, l
             return
         with _world(world), process_group(tensor, timeout, places[number]) as mesh:
             if number == 0:
-                ports = mesh.sum_all(_free_ports(len(groups) - 1, ctx.rank), _device(ctx))
+                ports = mesh.sum_all(_free_ports(len(groups) - 1, ctx.rank), _device())
                 host = os.environ["MASTER_ADDR"]
                 places[1:] = [f"tcp://{host}:{port:.0f}" for port in ports]
             yield mesh, some
@@ -111,11 +111,11 @@ def _free_ports(count: int, rank: int) -> list[float]:
             probe.close()
 
 
-def _device(ctx: Context) -> torch.device:
-    return torch.device("cuda", ctx.ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _stop_if_asked(ctx: Context, mesh: Mesh) -> None:
-    (stops,) = mesh.sum_all([ctx.should_stop()], _device(ctx))
+    (stops,) = mesh.sum_all([ctx.should_stop()], _device())
     if stops:
         raise Preempted(f"{ctx.task}: nothing of a certificate is kept before its end")

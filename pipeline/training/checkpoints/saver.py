@@ -234,8 +234,8 @@ class Saver:
         (lacking,) = self._mesh.sum_all([lacking], self._engine.device)
         if lacking:
             raise ArtifactError(
-                f"{self._directory}: {at_once} checkpoints of {one / 1e9:,.2f} GB are there at once, for which "
-                f"{lacking / 1e9:,.2f} GB more have to be free; make room, or keep fewer with run.checkpoints"
+                f"{self._directory}: {at_once} checkpoints of {one / 1e6:,.3f} MB are there at once, for which "
+                f"{lacking / 1e6:,.3f} MB more have to be free; make room, or keep fewer with run.checkpoints"
             )
 
     def _find(self) -> Index | None:
