@@ -42,7 +42,8 @@ class Finetune(Stage):
         seq_len: Tokens of a text that are read; what is longer is cut.
         batch_examples: Texts of one optimizer step, over all ranks.
         epochs: Passes over the training texts.
-        guard: What is done about steps that go wrong.
+        guard: What is done about steps that go wrong. One example that is wrong for sure weighs much in a batch of few
+            that are learned already, so that only a loss of several nats more than before counts as wrong.
     """
 
     version: ClassVar[int] = 2
@@ -64,7 +65,7 @@ class Finetune(Stage):
     schedule: AnySchedule = Cosine(warmup_fraction=0.1)
     clip_norm: float | None = Field(default=1.0, gt=0)
     precision: Precision = "fp32"
-    guard: Guard = Guard()
+    guard: Guard = Guard(threshold=200.0)
     seed: int = Field(default=0, ge=0)
 
     def check(self, upstream: Mapping[str, Stage], run: Run) -> Iterator[tuple[str, str]]:

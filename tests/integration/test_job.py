@@ -109,7 +109,7 @@ def test_a_sweep_runs_every_point(root):
 def test_a_run_may_have_a_name_of_its_own(root):
     run_pipeline("job=tiny", f"root={root}", "name=again", "tasks.generate.seed=1", "~tasks.report")
     record = json.loads((root / "jobs/again/job.json").read_text())
-    assert (record["name"], record["command"][2]) == ("again", "name=again")
+    assert (record["name"], record["command"][4]) == ("again", "name=again")
     for task in ("pretrain", "evaluate"):  # made before under the other name
         assert (root / "jobs/again" / task).resolve() == (root / "jobs/tiny" / task).resolve()
     assert (root / "jobs/again/generate").resolve() != (root / "jobs/tiny/generate").resolve()

@@ -56,7 +56,8 @@ def test_flags_that_are_the_pipelines_own_are_refused_together_and_the_others_ar
     own = ["--output=x", "-ex", "--comment=x", "--export=NONE", "--parsable", "--wait", "--test-only", "-Q", "-V", "-h"]
     own += ["--usage", "--wrap=true", "-J", "--chdir=/", "-N2", "--ntasks-per-node=2", "-n3", "--open-mode=truncate"]
     own += ["--kill-on-invalid-dep=no", "--signal=TERM@9", "--dependency=singleton", "--error=x", "--help", "--version"]
-    allowed = ["--no-requeue", "--hold", "--exclusive", "--mail-type=END", "--nice=3", "-C", "''"]
+    own += ["--no-requeue"]
+    allowed = ["--hold", "--exclusive", "--mail-type=END", "--nice=3", "-C", "''"]
     words = ["job=tiny", "run=slurm", f"root={tmp_path / 'root'}", "~tasks.report", "--plan"]
     conf = {"SLURM_CONF": cluster.env["SLURM_CONF"]}
     said = run_pipeline(*words, f"run.flags={own + allowed}", status=2, **conf).stderr
