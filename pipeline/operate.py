@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +17,7 @@ from pipeline.launch.slurm import Slurm, is_array
 from pipeline.plan import Command, Task
 from pipeline.progress import clock, terminal_width
 from pipeline.remote import is_url, open_anywhere
-from pipeline.settings import Choice, nearest
+from pipeline.settings import choices_of, nearest
 from pipeline.stage import Stage
 from pipeline.stages import AnyStage
 from pipeline.stages.imported import open_input
@@ -90,8 +90,7 @@ def print_settings(group: str, kind: str) -> None:
     Raises:
         ConfigError: If there is no such stage.
     """
-    family = AnyStage if group == "stage" else AnyRun
-    choices: dict[str, type[Choice]] = {c.model_fields["kind"].default: c for c in get_args(get_args(family)[0])}
+    choices = choices_of(AnyStage if group == "stage" else AnyRun)
     if group == "stage" and kind not in choices:
         raise ConfigError(f"stage: no stage is called '{kind}'{nearest(kind, list(choices))}")
     schema = choices.get(kind, Slurm).model_json_schema()

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,6 +28,11 @@ class Choice(Settings):
     """Settings that YAML picks by `kind:`; a subclass declares `kind: Literal["name"] = "name"`."""
 
     kind: str
+
+
+def choices_of(union: Any) -> dict[str, Any]:
+    """Return the classes of a union of choices, such as all stages, by their kinds."""
+    return {choice.model_fields["kind"].default: choice for choice in get_args(get_args(union)[0])}
 
 
 @dataclass(frozen=True)

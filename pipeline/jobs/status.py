@@ -20,7 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -44,6 +43,7 @@ from pipeline.jobs.states import (
 )
 from pipeline.jobs.words import parse, say
 from pipeline.progress import clock, terminal_width
+from pipeline.settings import choices_of
 from pipeline.stages import AnyStage
 
 FLAGS = {"--watch": bool, "--json": bool}
@@ -53,8 +53,7 @@ STYLES = {DONE: "green", RUNNING: "cyan", FAILED: "red", LOST: "red", CANCELLED:
 LESS_TELLING = ("node", "tokens/s", "job id", "loss")  # in this order
 OF_ALL = ("job=", "stage=", "root=", "run=", "run.", "tracker")  # words of any command
 LACKING = re.compile(r"run\.setup|run\.python|there is no '|its nodes were tried first")
-STAGES = get_args(get_args(AnyStage)[0])
-RESULTS = {stage.model_fields["kind"].default: stage.result for stage in STAGES if stage.result is not None}
+RESULTS = {kind: stage.result for kind, stage in choices_of(AnyStage).items() if stage.result is not None}
 UNBOUNDED = 1000  # columns, where nobody sees a terminal
 
 

@@ -20,7 +20,7 @@ class Claim(Settings):
     Attributes:
         slurm: Its id; null until SLURM has answered.
         job: The job that it is of.
-        token: Its comment, that no other SLURM job has; null where the id was known from the start.
+        token: Its comment, that no other SLURM job has; an older claim may lack it.
         cluster: Where it was submitted; an older claim does not say it.
     """
 
@@ -30,7 +30,7 @@ class Claim(Settings):
     cluster: str | None = None
 
 
-def write_claim(directory: Path, job: str, slurm: str | None, token: str | None = None) -> None:
+def write_claim(directory: Path, job: str, slurm: str | None, token: str | None) -> None:
     """Note that a SLURM job is, or is about to be submitted, to make the artifact in `directory`."""
     claim = Claim(slurm=slurm, job=job, token=token, cluster=scheduler.cluster())
     write_json(directory / WORK / CLAIM, encode(claim))

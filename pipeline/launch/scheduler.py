@@ -195,8 +195,8 @@ def submit(
     words: Sequence[str],
     environment: Mapping[str, str],
     token: str,
-    locks: Sequence[int] = (),
-    check: Callable[[], None] = lambda: None,
+    locks: Sequence[int],
+    check: Callable[[], None],
 ) -> str:
     """Submit a job and return its id.
 

@@ -170,10 +170,10 @@ class Slurm(Run):
     def of(self, name: str, stage: Stage) -> Self:
         """Return the settings of one task, with `ranks` all of its processes."""
         data = {field: getattr(self, field) for field in type(self).model_fields}
-        layers = [self.tasks.get(name, Resources())]
+        layers, on_device = [self.tasks.get(name, Resources())], uses_device(stage)
         if stage.ranks != "group":
-            layers.insert(0, self.model if uses_device(stage) else self.data)
-        if not (on_device := uses_device(stage)):
+            layers.insert(0, self.model if on_device else self.data)
+        if not on_device:
             data |= {field: type(self).model_fields[field].default for field in OF_TRAINING}
         for layer in layers:
             data |= {field: value for field, value in layer if value is not None}

@@ -3,12 +3,12 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from pipeline.artifact import Artifact, write_json
-from pipeline.settings import Input
+from pipeline.settings import Input, choices_of
 from pipeline.stage import Context, Run, Stage, Stats, TaskName
 from pipeline.text.corpus import HELD
 
@@ -63,10 +63,7 @@ def _headline(artifact: Artifact) -> tuple[str, str]:
     """Return what the artifact's stage says of it; nothing if its numbers are those of another version."""
     from pipeline.stages import AnyStage
 
-    kinds: dict[str, type[Stage]] = {
-        stage.model_fields["kind"].default: stage for stage in get_args(get_args(AnyStage)[0])
-    }
-    stage = kinds.get(artifact.manifest.stage.get("kind", ""))
+    stage: type[Stage] | None = choices_of(AnyStage).get(artifact.manifest.stage.get("kind", ""))
     try:
         return stage.headline(artifact.stats) if stage else ("", "")
     except KeyError:
