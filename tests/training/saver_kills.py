@@ -2,7 +2,8 @@
 
 `python saver_kills.py DIRECTORY WORLD RANK`: step 2 is saved; then, from that alone, `WORLD` ranks save step 3, of
 which rank RANK ends at its first call to the disk, then at its second, and so on until it lives. After each time a line
-of JSON says which call that was, which step is found, what was said, what else is left, and whether the bits are right.
+of JSON says which call that was, whether the rank had handed in its part, which step is found, what was said, what
+else is left, and whether the bits are right.
 """
 
 import json
@@ -102,10 +103,13 @@ def main():
     while not lived:
         directory, log = root / str(die_at), []
         lived = once(root / "base", directory, world, dies, die_at)
+        handed_in = any(directory.glob(f"step-00000003.*/rank-{dies:05d}.json"))
+        handed_in = handed_in or (directory / "step-00000003").is_dir()
         _, saver = make(directory, seed=1, every_steps=1, keep=1, log=log.append)
         found = saver.restore()
         other = {2: root / "base/step-00000002", 3: root / "whole/step-00000003"}[found.step]
-        row = {"die_at": die_at, "lived": lived, "found": found.step, "notes": found.notes, "log": log}
+        row = {"die_at": die_at, "lived": lived, "handed_in": handed_in, "found": found.step, "notes": found.notes}
+        row["log"] = log
         row["same"] = same(directory / f"step-{found.step:08d}", other)
         row["left"] = sorted(path.name for path in directory.iterdir())
         print(json.dumps(row), flush=True)
