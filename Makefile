@@ -9,11 +9,8 @@ help: ## what there is
 quickstart: .venv/installed ## the whole pipeline on real text, in minutes
 	$(BIN)/python -m pipeline job=quickstart
 
-test: check .venv/installed-dev ## lint, types and tests; what CI runs
-	$(BIN)/pytest -n 2 --dist loadgroup
-
-fast: .venv/installed-dev ## the tests without the slow ones
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
+test: check .venv/installed-dev ## lint, types and tests, in minutes; ALL=1, as in CI: the slow ones too
+	$(BIN)/pytest -n 2 --dist loadgroup $(if $(ALL),,-m "not slow")
 
 check: .venv/installed-dev ## lint and types
 	$(BIN)/ruff check
@@ -41,4 +38,4 @@ size: ## lines of code by folder
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
 	@touch $@ .venv/installed
 
-.PHONY: help quickstart test fast check fix size
+.PHONY: help quickstart test check fix size
