@@ -15,13 +15,12 @@ from typing import Any
 from pipeline.artifact import MANIFEST, WORK
 from pipeline.jobs.record import JobRecord, TaskRecord
 from pipeline.launch.claim import Claim, read_claim
-from pipeline.launch.failures import TRY
-from pipeline.launch.lock import LOCK, STALE_S, TRIES, read_owner
+from pipeline.launch.lock import LOCK, STALE_S, read_owner
+from pipeline.launch.output import newest_try, tail
 from pipeline.perform import read_result
 from pipeline.stage import ATTEMPT_FILE, PROGRESS
 from pipeline.track import METRICS
 
-TAIL_BYTES = 64 * 1024
 CLOCK_S = 5.0  # by which clocks may differ
 ERROR = re.compile(r"^(?:\S+: )?(?:error: .*|\w*(?:Error|Exception): .*|slurmstepd: .*)$")
 
@@ -34,7 +33,7 @@ class Marks:
         status: With which exit status it ended; null if it left none.
         problem: Why it ended so, or what an earlier try since it was submitted ended with.
         began: Whether it has begun since it was submitted.
-        tries: How often it has begun.
+        tries: How often it has begun, as its logs count; 0 if it has not since it was submitted.
         owner: Who works on it, judged by the lock alone.
         host: The machine of that one.
         has_ended: Whether all of its ranks have ended well.
@@ -119,7 +118,7 @@ def _read_marks(directory: Path, part: str) -> Marks:
         status=result["status"] if result and is_current else None,
         problem=result["problems"][0] if result and result["problems"] and (ended or 0) >= (submitted or 0) else "",
         began=has_begun,
-        tries=_count_tries(work / TRIES, part) if has_begun else 0,
+        tries=_number(work / f"{ATTEMPT_FILE}{part}") if has_begun else 0,
         owner=str(owner["words"]) if owner else None,
         host=str(owner["host"]) if owner else "",
         has_ended=bool(part) and (work / "ranks" / f"{part[1:]}.json").exists(),
@@ -167,8 +166,11 @@ def _mtime(path: Path) -> float | None:
         return None
 
 
-def _count_tries(path: Path, part: str) -> int:
-    return sum(row.get("share") == part for row in rows_of(path)) or 1
+def _number(path: Path) -> int:
+    try:
+        return int(path.read_text("ascii"))
+    except (OSError, ValueError):  # damaged: the next try will say so
+        return 0
 
 
 def rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -180,23 +182,9 @@ def rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
                 yield row
 
 
-def tail(path: Path, num_bytes: int = TAIL_BYTES) -> str:
-    """Return the end of a file, from the beginning of a line on; nothing if there is none."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - num_bytes))
-            text = file.read(num_bytes)
-    except OSError:
-        return ""
-    if size > num_bytes:
-        text = text.partition(b"\n")[2]
-    return text.decode("utf-8", errors="replace")
-
-
 def last_error(log: Path) -> str:
     """Return the last line of a log that tells of an error of the newest try."""
-    lines = tail(log, 8192).rpartition(f"\n{TRY}")[2].splitlines()
+    lines = newest_try(log, 8192)
     return next((line.strip().removeprefix("error: ") for line in reversed(lines) if ERROR.match(line.strip())), "")
 
 

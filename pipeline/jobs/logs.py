@@ -20,7 +20,7 @@ from pipeline.jobs.record import read_record
 from pipeline.jobs.states import DONE, FAILED, LOST, NEVER, RUNNING, TaskStatus, predicate
 from pipeline.jobs.status import describe, note
 from pipeline.jobs.words import find_task, parse
-from pipeline.launch.failures import TRY, rank_log
+from pipeline.launch.output import TRY, newest_try, rank_log
 
 FLAGS = {"--rank": int, "--job": bool, "--follow": bool, "--lines": int}
 HEADER = f"\n{TRY}".encode()
@@ -57,7 +57,7 @@ def logs(arguments: Sequence[str]) -> int:
             return 0
     else:
         state = _state(words.root, record.name, task.name)
-    is_refused, is_bare = state.state == NEVER and task.preflight is not None, not has_words(log)
+    is_refused, is_bare = state.state == NEVER and task.preflight is not None, not newest_try(log)
     if is_refused or is_bare:
         other = directory / "logs/preflight.log" if is_refused else job_log
         what = f"{name}: {'its SLURM job' if log == job_log else f'rank {rank}'}"
@@ -95,17 +95,6 @@ class Reader:
         except FileNotFoundError:
             return
         sys.stdout.flush()
-
-
-def has_words(log: Path) -> bool:
-    """Return whether a log holds anything of the newest try."""
-    try:
-        with open(log, "rb") as file:
-            file.seek(_newest_try_begins(file.fileno()))
-            block = file.read(BLOCK_BYTES)
-    except OSError:
-        return False
-    return bool(block.partition(b"\n")[2] if block.startswith(HEADER[1:]) else block)
 
 
 def _newest_try_begins(descriptor: int) -> int:
@@ -173,8 +162,8 @@ def _print_instead(log: Path, what: str, other: Path, lines: int | None, state: 
     Raises:
         ArtifactError: If neither has anything.
     """
-    nothing = "" if has_words(log) else f"{what} has printed nothing{' in this try' * log.is_file()}"
-    if has_words(other):
+    nothing = "" if newest_try(log) else f"{what} has printed nothing{' in this try' * log.is_file()}"
+    if newest_try(other):
         print(f"{nothing}{'; ' * bool(nothing)}{other}:", file=sys.stderr, flush=True)
         Reader(other, lines).print_new()
     elif nothing and state.state not in (DONE, RUNNING, FAILED, LOST):

@@ -49,7 +49,7 @@ class TaskStatus:
         shared_with: The job that submitted it, where another one did.
         nodes: Where it runs or ran.
         begins: When SLURM is to begin it, as "2026-01-31T19:39:00", while it waits and SLURM knows.
-        tries: How often it has begun since it was submitted.
+        tries: How often it has begun, as its logs count; 0 if it has not since it was submitted.
         elements: Of an array: how many of its elements are in which state.
         element: The first of them that failed or was lost.
         done: Steps of a training, or units of other work, of `total` `noun`; null where nothing says so.

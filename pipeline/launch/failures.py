@@ -1,12 +1,10 @@
-"""Why a rank ended: the reason that it leaves for its launcher, what is said of one that left none, and its log."""
+"""Why a rank ended: the reason that it leaves for its launcher, what is said of one that left none."""
 
 import json
-import os
 import re
 import signal
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,10 @@ from pipeline import errors
 from pipeline.artifact import WORK, write_json
 from pipeline.env import Share
 from pipeline.errors import ArtifactError, ConfigError, LaunchError, Lost, PipelineError
+from pipeline.launch.output import newest_try, rank_log
 from pipeline.stage import HEARTBEATS
 
 LAST_LINES = 15
-TRY = "--- try "  # how the line begins with which a try begins in a log
 OF_A_PEER = re.compile("Connection (?:closed|reset) by peer|remote process exited", re.IGNORECASE)
 
 
@@ -53,7 +51,7 @@ def guessed_reason(directory: Path, rank: int, status: int) -> PipelineError:
         status: Its exit status, or the number of the signal that ended it, negated.
     """
     log = rank_log(directory, rank)
-    last = _end_of(log)
+    last = "\n".join(newest_try(log)[-LAST_LINES:]).strip()
     if status == ArtifactError.exit_status:
         return ArtifactError(f"{directory}: the disk is full; make room and run the same command again")
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
@@ -65,16 +63,6 @@ def guessed_reason(directory: Path, rank: int, status: int) -> PipelineError:
     end = f"; the end of {log}:\n{last}" if last else ""
     kind = Lost if status < 0 else LaunchError
     return kind(f"{directory}: rank {rank} {how}; the same command continues{hint}{end}")
-
-
-def _end_of(log: Path) -> str:
-    """Return the last lines that a rank printed at its last try."""
-    try:
-        lines = log.read_text("utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    newest = max((number for number, line in enumerate(lines, 1) if line.startswith(TRY)), default=0)
-    return "\n".join(lines[newest:][-LAST_LINES:]).strip()
 
 
 def short_of_memory(directory: Path) -> str:
@@ -101,22 +89,3 @@ def short_of_memory(directory: Path) -> str:
 def gigabytes(num_bytes: int) -> str:
     """Return a size as people say it."""
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"
-
-
-def rank_log(directory: Path, rank: int) -> Path:
-    """Return the file with the output of a rank."""
-    return directory / "logs" / f"rank-{rank:05d}.log"
-
-
-def heading(number: int, where: str = "") -> str:
-    """Return the line with which a try begins in a log; `where` is "SLURM job 12 on n1"."""
-    words = [str(number), where, f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"]
-    return f"{TRY}{', '.join(filter(None, words))} ---"
-
-
-def begin_log(log: Path, line: str) -> None:
-    """Part what comes from what earlier tries have printed; on a full disk they run into one another."""
-    with suppress(OSError), open(log, "ab+") as file:
-        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-            file.write(b"\n")
-        file.write(f"{line}\n".encode())

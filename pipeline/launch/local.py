@@ -14,7 +14,8 @@ from typing import IO, Literal
 from pipeline.artifact import WORK
 from pipeline.env import ATTEMPT, LAUNCHER, Share, StopRequest, cpus, reserved_port
 from pipeline.errors import Lost, Preempted
-from pipeline.launch.failures import begin_log, forget_ranks, guessed_reason, heading, left_reason, rank_log
+from pipeline.launch.failures import forget_ranks, guessed_reason, left_reason
+from pipeline.launch.output import begin_try, heading, rank_log
 from pipeline.progress import drop_unwritten
 from pipeline.stage import HEARTBEATS, Run
 
@@ -108,7 +109,7 @@ def _start(directory: Path, rank: int, shared: Mapping[str, str], lock: int) -> 
         start_new_session=True,  # Ctrl-C goes to the launcher alone, which asks the ranks to stop
         pass_fds=[lock],
     )
-    begin_log(rank_log(directory, rank), heading(int(shared[ATTEMPT])))
+    begin_try(rank_log(directory, rank), heading(int(shared[ATTEMPT])))
     log = open(rank_log(directory, rank), "ab")  # noqa: SIM115 (closed by the thread)
     process.pump = threading.Thread(target=_pump, args=(process.stdout, log, rank == 0), daemon=True)  # type: ignore[attr-defined]
     process.pump.start()  # type: ignore[attr-defined]

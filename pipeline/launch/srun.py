@@ -16,17 +16,10 @@ from pipeline.env import ATTEMPT, ATTEMPT_NAME, FIRST_RANK, LAUNCHER, Share, Sto
 from pipeline.errors import LaunchError, Lost, PipelineError, Preempted
 from pipeline.launch import scheduler
 from pipeline.launch.deadline import Deadline
-from pipeline.launch.failures import (
-    begin_log,
-    forget_ranks,
-    guessed_reason,
-    heading,
-    left_reason,
-    rank_log,
-    short_of_memory,
-)
+from pipeline.launch.failures import forget_ranks, guessed_reason, left_reason, short_of_memory
 from pipeline.launch.local import GRACE_S, PACKAGE, Silence
 from pipeline.launch.lock import slurm_job
+from pipeline.launch.output import begin_try, heading, rank_log
 from pipeline.launch.slurm import Slurm
 from pipeline.progress import tell
 from pipeline.stage import Stage
@@ -94,7 +87,7 @@ def _begin_logs(directory: Path, share: Share, attempt: int) -> None:
     line = heading(attempt, f"SLURM job {slurm_job()} on {os.environ.get('SLURM_JOB_NODELIST')}")
     tell(line)
     for rank in range(share.first, share.first + (share.count if share.count <= MOST_LOGS else 1)):
-        begin_log(rank_log(directory, rank), line)
+        begin_try(rank_log(directory, rank), line)
 
 
 class Step:

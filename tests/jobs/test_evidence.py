@@ -7,9 +7,10 @@ import time
 
 import pytest
 
-from pipeline.jobs.evidence import is_running, last_error, read_evidence, tail
+from pipeline.jobs.evidence import is_running, last_error, read_evidence
 from pipeline.jobs.record import TaskRecord
 from pipeline.launch.lock import locked
+from pipeline.launch.output import tail
 
 
 def record(directory, ranks=1, is_array=False):
@@ -53,15 +54,18 @@ def test_a_result_counts_only_if_nothing_was_submitted_or_begun_after_it(tmp_pat
     assert (marks.status, marks.problem, marks.began) == (None, "", False)
 
 
-def test_tries_are_those_since_the_submission_of_each_element(tmp_path):
-    rows = [{"share": "-00001", "done": []}, {"share": "-00000", "done": []}, {"share": "-00001", "done": []}]
-    write(tmp_path / "work/tries.jsonl", "".join(json.dumps(row) + "\n" for row in rows) + '{"share": "-000')
-    for rank in range(2):
-        write(tmp_path / f"work/attempt-0000{rank}", "9")
+def test_tries_of_each_element_are_numbered_as_in_its_log(tmp_path):
+    write(tmp_path / "work/attempt-00000", "1")
+    write(tmp_path / "work/attempt-00001", "7")
+    write(tmp_path / "work/attempt-00002", "3", age_s=100)
+    write(tmp_path / "work/attempt-00003", "")  # damaged
+    write(tmp_path / "work/task.json", {"stage": {}}, age_s=50)
     write(tmp_path / "work/ranks/00000.json", {})
-    first, second = read(tmp_path, ranks=2, is_array=True).marks.values()
+    first, second, third, fourth = read(tmp_path, ranks=4, is_array=True).marks.values()
     assert (first.tries, first.has_ended) == (1, True)
-    assert (second.tries, second.has_ended) == (2, False)
+    assert (second.tries, second.has_ended) == (7, False)
+    assert (third.tries, third.began) == (0, False)  # not since it was submitted
+    assert (fourth.tries, fourth.began) == (0, True)
 
 
 def test_progress_of_a_training_comes_from_the_end_of_its_metrics(tmp_path):
@@ -174,7 +178,7 @@ def test_the_last_error_of_a_log_is_found(tmp_path):
 
 
 def test_a_directory_that_is_damaged_is_no_error(tmp_path):
-    for name in ("task.json", "result.json", "claim.json", "lock", "tries.jsonl", "attempt"):
+    for name in ("task.json", "result.json", "claim.json", "lock", "attempt"):
         write(tmp_path / f"work/{name}", "{")
     write(tmp_path / "metrics.jsonl", "\0\0\n[1]\n{}")
     found = read(tmp_path)
@@ -183,12 +187,13 @@ def test_a_directory_that_is_damaged_is_no_error(tmp_path):
 
 @pytest.mark.parametrize("text", ["[]", "null", "5", '"x"', "[1]", "{}", "true", "\\xff"])
 def test_json_of_another_type_counts_as_not_there(tmp_path, text):
-    for name in ("task.json", "result.json", "claim.json", "lock", "tries.jsonl", "attempt"):
+    for name in ("task.json", "result.json", "claim.json", "lock", "attempt"):
         write(tmp_path / f"work/{name}", text.encode().decode("unicode_escape"))
     write(tmp_path / "metrics.jsonl", f"{text}\n")
     found = read(tmp_path)
     assert (found.is_done, found.claim, found.pace.done) == (False, None, None)
-    assert (found.marks[""].status, found.marks[""].owner, found.marks[""].tries) == (None, None, 1)
+    assert (found.marks[""].status, found.marks[""].owner) == (None, None)
+    assert found.marks[""].tries == (5 if text == "5" else 0)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.env import Share
 from pipeline.errors import LaunchError, Lost
-from pipeline.launch.failures import begin_log, forget_ranks, guessed_reason, heading, short_of_memory
+from pipeline.launch.failures import forget_ranks, guessed_reason, short_of_memory
+from pipeline.launch.output import begin_try, heading
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_of_a_log_only_what_the_last_try_printed_is_shown(tmp_path):
     log = tmp_path / "logs/rank-00000.log"
     log.parent.mkdir()
     for number, text in enumerate(("of the first try\ncut in the middle", "of the second try\n", "\n"), 1):
-        begin_log(log, heading(number, "SLURM job 7 on n[1-2]"))
+        begin_try(log, heading(number, "SLURM job 7 on n[1-2]"))
         with open(log, "a") as file:
             file.write(text)
         said = str(guessed_reason(tmp_path, 0, 1))
