@@ -65,16 +65,15 @@ class Cluster:
     partitions: dict[str, Partition]
     max_array: int
 
-    def partition(self, run: Slurm) -> Partition | None:
-        """Return the partition that a task goes to; null if there is none of this name, or nobody says which."""
-        if name := run.partition or os.environ.get("SBATCH_PARTITION"):
-            return self.partitions.get(name.partition(",")[0])
-        return next((one for one in self.partitions.values() if one.is_default), None)
+    def partitions_of(self, run: Slurm) -> list[Partition]:
+        """Return the known partitions that a task may go to: run.partition can name several, as "a,b"."""
+        if names := run.partition or os.environ.get("SBATCH_PARTITION"):
+            return [self.partitions[name] for name in names.split(",") if name in self.partitions]
+        return [one for one in self.partitions.values() if one.is_default]
 
     def limit_s(self, run: Slurm) -> int | None:
-        """Return the seconds of the longest job that the partition of a task takes; null where it takes any."""
-        partition = self.partition(run)
-        return partition.limit_s if partition else None
+        """Return the seconds of the longest job that every partition of a task takes; null where they take any."""
+        return min((one.limit_s for one in self.partitions_of(run) if one.limit_s is not None), default=None)
 
 
 def read_cluster() -> Cluster:
@@ -244,26 +243,31 @@ def _ask(task: FrozenTask, run: Slurm, cluster: Cluster, answers: Answers) -> tu
     words = ("sbatch", *sbatch_flags(run, task.stage, cluster.limit_s(run)), str(script()))
     if words not in answers:
         answers[words] = scheduler.refusal(words)
-    answer, partition = answers[words], cluster.partition(run)
-    if answer is not None and scheduler.NOT_AVAILABLE in answer[1] and partition is not None:
-        if megabytes(run.memory_per_node or "0") > partition.memory_mb:
-            return "memory_per_node", f"nodes of '{partition.name}' have {partition.memory_mb}M"
-        if not partition.is_whole:
+    answer, partitions = answers[words], cluster.partitions_of(run)
+    if answer is not None and scheduler.NOT_AVAILABLE in answer[1] and partitions:
+        largest = max(partitions, key=lambda one: one.memory_mb)
+        if megabytes(run.memory_per_node or "0") > largest.memory_mb:
+            return "memory_per_node", f"nodes of '{largest.name}' have {largest.memory_mb}M"
+        if not all(one.is_whole for one in partitions):
             return None  # as far as anybody can tell
     return answer
 
 
 def _too_much(task: FrozenTask, run: Slurm, cluster: Cluster, said: Slurm | None) -> Iterator[str]:
-    partition, fewest = cluster.partition(run), run.elastic or run.nodes
-    if partition is None:
-        if run.partition is not None:  # else a default, a variable or a rule of the site decides
-            known = nearest(run.partition, list(cluster.partitions))
-            yield f"{_place('partition', task, said)}: no partition is called '{run.partition}'{known}"
-    elif fewest > partition.num_nodes:
+    for name in (run.partition or "").split(","):
+        if name and name not in cluster.partitions:
+            known = nearest(name, list(cluster.partitions))
+            yield f"{_place('partition', task, said)}: no partition is called '{name}'{known}"
+    fewest, largest = run.elastic or run.nodes, max(cluster.partitions_of(run), key=_num_nodes, default=None)
+    if largest is not None and fewest > largest.num_nodes:
         yield (
             f"{_place('elastic' if run.elastic else 'nodes', task, said)}: wanted {fewest} nodes, but partition "
-            f"'{partition.name}' has {partition.num_nodes}"
+            f"'{largest.name}' has {largest.num_nodes}"
         )
+
+
+def _num_nodes(partition: Partition) -> int:
+    return partition.num_nodes
 
 
 def _place(setting: str, task: FrozenTask, said: Slurm | None) -> str:

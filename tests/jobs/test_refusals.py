@@ -18,14 +18,14 @@ UNKNOWN = "sbatch: unrecognized option '--foo' Try \"sbatch --help\" for more in
 def refused(tmp_path, monkeypatch):
     """What is refused of one data task, on a cluster whose sbatch gives this answer."""
 
-    def refused(answer: str | None = None, main: Partition = MAIN, **run: object) -> list[str]:
+    def refused(answer: str | None = None, *partitions: Partition, **run: object) -> list[str]:
         asked = (scheduler.blamed_setting(answer), answer) if answer else None
         monkeypatch.setattr(scheduler, "refusal", lambda words: asked)
         stage = {"kind": "shard", "sources": [{"path": "tests/data/mini.jsonl"}]}
         command = decode(Command, {"root": str(tmp_path), "stage": stage, "run": {"kind": "slurm", **run}})
         _, tasks = frozen_job(plan(command, None), command, None)
         assert isinstance(command.run, Slurm)
-        return refusals(tmp_path, tasks, Cluster({"main": main}, 1001), command.run)
+        return refusals(tmp_path, tasks, Cluster({one.name: one for one in partitions or [MAIN]}, 1001), command.run)
 
     return refused
 
@@ -79,6 +79,17 @@ def test_a_cluster_may_choose_the_partition_itself(refused, monkeypatch):
     )
     monkeypatch.setenv("SBATCH_PARTITION", "main")
     assert Cluster({"main": plain}, 1001).limit_s(Slurm()) == 3600
+
+
+def test_of_several_partitions_each_has_to_be_known_and_the_largest_counts(refused):
+    few = Partition("few", False, 1, 3600, True, 16000)
+    assert Cluster({"main": MAIN, "few": few}, 1001).limit_s(Slurm(partition="main,few")) == 3600
+    assert refused(None, MAIN, few, partition="few,main", data={"nodes": 4}) == []
+    assert refused(None, MAIN, few, partition="few,mian") == [
+        "run.partition: no partition is called 'mian'; did you mean 'main'? (shard)"
+    ]
+    (said,) = refused(NOT_AVAILABLE, MAIN, few, partition="few,main", data={"memory_per_node": "640G"})
+    assert said == "run.data.memory_per_node: '640G' is refused: nodes of 'main' have 64000M (shard)"
 
 
 def test_an_interpreter_that_only_the_nodes_have_is_said():

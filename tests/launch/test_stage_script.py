@@ -36,7 +36,7 @@ def script(tmp_path):
 def test_a_launcher_that_is_killed_each_time_before_it_counts_is_given_up(script, tmp_path):
     for restarts in range(3):
         status, asked, _ = script(restarts, KILLED, "task", str(tmp_path))
-        assert (status, asked[-1]) == (75, "requeue 12")
+        assert (status, asked[1:]) == (75, ["update JobId=12 Requeue=1", "requeue 12"])
     status, asked, said = script(3, KILLED, "task", str(tmp_path))
     assert (status, asked) == (4, ["--oneliner show job 12"])
     assert said.splitlines()[-1].endswith(
