@@ -17,7 +17,7 @@ from pipeline.launch.local import Local
 from pipeline.launch.slurm import Slurm
 from pipeline.remote import is_url
 from pipeline.settings import Input, Settings, Source, decode, encode, fingerprint, marked, nearest
-from pipeline.stage import ATTEMPT_FILE, Stage, TaskName
+from pipeline.stage import ATTEMPT_FILE, CHECKPOINTS, PARTIAL, Stage, TaskName, say_problem
 from pipeline.stages import AnyStage
 from pipeline.stages.imported import Imported, open_input
 from pipeline.text.sources import identify
@@ -119,6 +119,7 @@ def plan(command: Command, job: str | None) -> list[Task]:
     _check(ordered, tasks, outside)
     for task in ordered:
         _place(task, tasks, outside[task.name], command, job)
+    _check_inputs(ordered, tasks, outside)
     return ordered
 
 
@@ -182,9 +183,22 @@ def _check(ordered: list[Task], tasks: Mapping[str, Task], outside: Mapping[str,
         for name, artifact in outside[task.name].items():
             upstream[name] = stage_of(artifact)
         found = list(task.stage.check(upstream, task.run))
-        for name, problem in found:
-            problems.append(problem if problem.startswith("run.") else f"{task.where}.{name}: {problem}")
+        problems += [say_problem(task.where, name, problem) for name, problem in found]
         task.memory_bytes = None if found else task.stage.memory_bytes(upstream, task.run)
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _check_inputs(
+    ordered: list[Task], tasks: Mapping[str, Task], outside: Mapping[str, Mapping[str, Artifact]]
+) -> None:
+    """Let every stage that has to run look for what cannot work with those of its inputs that are made."""
+    problems = []
+    for task in ordered:
+        if task.done is None:
+            made = {name: artifact for name, other in task.needs.items() if (artifact := tasks[other].done) is not None}
+            found = task.stage.check_inputs({**outside[task.name], **made}, task.run)
+            problems += [say_problem(task.where, name, problem) for name, problem in found]
     if problems:
         raise ConfigError(*problems)
 
@@ -247,7 +261,7 @@ def _put(data: Any, path: str, value: Any) -> None:
 
 def _why(task: Task, waiting_for: list[str], link: Path) -> str:
     if any((task.directory / WORK).glob(f"{ATTEMPT_FILE}*")):
-        return "unfinished: continues"
+        return "unfinished: continues" if _is_something_saved(task.directory) else "unfinished: nothing is saved"
     if waiting_for:
         return f"after {', '.join(dict.fromkeys(waiting_for))}"
     if not (link / MANIFEST).is_file():
@@ -257,6 +271,12 @@ def _why(task: Task, waiting_for: list[str], link: Path) -> str:
     except ArtifactError:
         return "the last one was made by another version"
     return "; ".join(changed) if changed else "its input or its code changed"
+
+
+def _is_something_saved(directory: Path) -> bool:
+    """Return whether an unfinished task has a checkpoint, a finished unit, or part of one, to go on from."""
+    checkpoints = (directory / CHECKPOINTS).rglob("step-*[0-9]")
+    return any(checkpoints) or any(any((directory / WORK / notes).glob("*.json")) for notes in ("units", PARTIAL))
 
 
 def _differences(old: Any, new: Any, path: str) -> Iterator[str]:

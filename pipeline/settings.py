@@ -7,7 +7,7 @@ mark; fields that name raw files carry a `Source` mark. Both are replaced by wha
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
@@ -54,7 +54,7 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def decode(model: type[SettingsT], data: Mapping[str, Any], where: str = "") -> SettingsT:
-    """Turn plain data into `model`.
+    """Turn plain data into `model`. A choice that names no kind is the default with those settings changed.
 
     Args:
         where: Dotted path put before the path of each problem.
@@ -62,11 +62,17 @@ def decode(model: type[SettingsT], data: Mapping[str, Any], where: str = "") -> 
     Raises:
         ConfigError: With one line for every problem: dotted path, what was wanted, what was found, nearest name.
     """
-    try:
-        return model.model_validate_json(json.dumps(data))
-    except ValidationError as error:
-        schema = model.model_json_schema()
-        raise ConfigError(*dict.fromkeys(_problem(e, schema, data, where) for e in error.errors())) from None
+    text, assumed = json.dumps(data), set[str]()
+    while True:
+        try:
+            return model.model_validate_json(text)
+        except ValidationError as error:
+            problems = error.errors()
+        schema, whole = model.model_json_schema(), json.loads(text)
+        completed = {path for problem in problems if (path := _complete(problem, schema, whole))}
+        if not completed:
+            raise ConfigError(*dict.fromkeys(_problem(e, schema, data, where, assumed) for e in problems))
+        text, assumed = json.dumps(whole), assumed | completed
 
 
 def encode(settings: BaseModel) -> dict[str, Any]:
@@ -113,15 +119,30 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _problem(error: Any, schema: dict[str, Any], data: Any, where: str) -> str:
-    """Put one of pydantic's errors in our words."""
+def _complete(error: Any, schema: dict[str, Any], data: Any) -> str:
+    """Put what the default says into a choice that names no kind; return its path, empty if that is not the problem."""
+    path, node = _locate(error["loc"], schema, data)
+    default = node.get("properties", {}).get(path[-1], {}).get("default") if path else None
+    if error["type"] != "union_tag_not_found" or default is None:
+        return ""
+    *parents, last = path
+    for key in parents:
+        data = data[int(key)] if isinstance(data, list) else data[key]
+    data[last] = {**default, **data[last]}
+    return ".".join(path)
+
+
+def _problem(error: Any, schema: dict[str, Any], data: Any, where: str, assumed: Collection[str]) -> str:
+    """Put one of pydantic's errors in our words; `assumed` are the paths of choices that named no kind."""
     path, node = _locate(error["loc"], schema, data)
     kind, found = error["type"], _show(error["input"])
     place = ".".join([where, *path] if where else path) or "settings"
     if kind == "extra_forbidden":
         if elsewhere := next(_elsewhere(path[-1], node, schema), None):
             return f"{place}: no such setting; did you mean '{elsewhere}'?"
-        return f"{place}: no such setting{nearest(path[-1], list(node.get('properties', {})))}"
+        known = node.get("properties", {})
+        of_kind = f" of kind '{known['kind']['const']}', the default" if ".".join(path[:-1]) in assumed else ""
+        return f"{place}: no such setting{of_kind}{nearest(path[-1], list(known))}"
     if kind == "missing":
         return f"{place}: missing; give it a value"
     if kind == "union_tag_invalid":

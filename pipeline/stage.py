@@ -8,7 +8,7 @@ import json
 import tempfile
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from pydantic import Field, StringConstraints
 
 from pipeline.artifact import WORK, Artifact, FileRecord, atomic, write_json
 from pipeline.env import Ranks
-from pipeline.errors import LaunchError, PipelineError, Preempted
+from pipeline.errors import ConfigError, LaunchError, PipelineError, Preempted
 from pipeline.progress import Progress
 from pipeline.proof import Proofs, settle
 from pipeline.settings import Choice, Settings, decode, encode
@@ -194,6 +194,13 @@ class Stage(Choice):
         """
         return iter(())
 
+    def check_inputs(self, inputs: Mapping[str, Artifact], run: Run) -> Iterator[tuple[str, str]]:
+        """Yield (setting, problem) for what cannot work with inputs that are made, by their manifests and small files.
+
+        Asked at planning, once `check` has found nothing, of those inputs that are there; `run` asks it of all.
+        """
+        return iter(())
+
     def identity(self, run: Run) -> Mapping[str, Any]:
         """Return what the output depends on beside settings and inputs, to be hashed with them."""
         return {}
@@ -333,10 +340,20 @@ class Context:
         """Return where `status` looks for how far this rank is."""
         return self.directory / WORK / PROGRESS / f"{self.rank:05d}.json"
 
+    def refuse(self, problems: Iterable[tuple[str, str]]) -> None:
+        """Raise one ConfigError with all (setting, problem), if there are any."""
+        if lines := [say_problem(self.task, name, problem) for name, problem in problems]:
+            raise ConfigError(*lines)
+
     def log(self, message: str) -> None:
         """Print one line."""
         if self.rank == 0:
             print(f"{self.task}: {message}", flush=True)
+
+
+def say_problem(where: str, name: str, problem: str) -> str:
+    """Return the line for a problem of a setting of the stage at `where`; one of `run` says its place itself."""
+    return problem if problem.startswith("run.") else f"{where}.{name}: {problem}"
 
 
 def read_outputs(directory: Path) -> tuple[dict[str, FileRecord], Stats]:

@@ -59,6 +59,9 @@ def test_the_job_of_the_readme_plans(tmp_path):
     preset = "model@tasks.pretrain.model=gpt2_124m"
     done = run_pipeline(f"job={tmp_path}/books.yaml", preset, f"root={tmp_path}/artifacts", "--cfg", "job")
     assert "norm: layernorm" in done.stdout
+    sweep = next(line for line in README.splitlines() if " -m job=quickstart" in line).split("#")[0].split()[-1]
+    done = run_pipeline("-m", f"job={tmp_path}/books.yaml", sweep, f"root={tmp_path}/artifacts", "--plan")
+    assert done.stdout.count("10 of 10 tasks would run") == 2
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml pretrain\n(.+?)```", DOCS, re.DOTALL))

@@ -26,6 +26,21 @@ class Learn(Choice):
     steps: int = Field(default=1, ge=1)
 
 
+class Sgd(Choice):
+    kind: Literal["sgd"] = "sgd"
+    lr: float = 2.0
+    momentum: float = 0.0
+
+
+AnyUpdate = Annotated[Adam | Sgd, Field(discriminator="kind")]
+
+
+class Update(Settings):
+    first: AnyUpdate = Sgd(momentum=0.5)
+    inner: list[AnyUpdate] = []
+    after: AnyUpdate | None = None
+
+
 class Root(Settings):
     tasks: dict[str, Annotated[Read | Learn, Field(discriminator="kind")]] = {}
     threads: int | None = None
@@ -65,6 +80,30 @@ def problems(data) -> list[str]:
 )
 def test_each_mistake_is_one_clear_line(data, message):
     assert problems(data) == [message]
+
+
+def test_a_choice_without_a_kind_is_the_default_with_those_settings_changed():
+    assert decode(Update, {"first": {"lr": 3}}).first == Sgd(lr=3.0, momentum=0.5)
+    assert decode(Update, {"first": {}}) == Update()
+    assert decode(Update, {"first": {"kind": "sgd", "lr": 3}}).first == Sgd(lr=3.0)
+    assert decode(Update, {"first": {"kind": "adam"}}).first == Adam()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"after": {"lr": 1}}, "after.kind: missing; say which kind: adam or sgd"),
+        ({"inner": [{"lr": 1}]}, "inner.0.kind: missing; say which kind"),
+        ({"first": {"beta": 1}}, "first.beta: no such setting of kind 'sgd', the default; there is kind, lr, momentum"),
+        ({"first": {"kind": "sgd", "beta": 1}}, "first.beta: no such setting; there is kind, lr, momentum"),
+        ({"first": {"lr": "x"}}, "first.lr: wanted a valid number, found 'x'"),
+        ({"first": 3}, "first: wanted an object, found 3"),
+    ],
+)
+def test_where_no_default_says_a_kind_it_has_to_be_said(data, message):
+    with pytest.raises(ConfigError) as caught:
+        decode(Update, data)
+    assert caught.value.problems == (message,)
 
 
 def test_a_task_name_must_be_fit_for_a_path():
@@ -119,3 +158,14 @@ def test_nearest_names_one_or_lists_all():
     assert nearest("tokenise", ["tokenize", "shard"]) == "; did you mean 'tokenize'?"
     assert nearest("qqq", ["b", "a"]) == "; there is a, b"
     assert nearest("qqq", []) == ""
+
+
+def test_a_guard_of_a_fine_tuning_keeps_its_threshold_where_another_setting_is_said():
+    from pipeline.stages import AnyStage
+
+    class Holder(Settings):
+        stage: AnyStage
+
+    data = {"kind": "finetune", "model": "m", "data": "d.jsonl", "guard": {"window": 64}}
+    guard = decode(Holder, {"stage": data}).stage.guard
+    assert (guard.window, guard.threshold) == (64, 200.0)

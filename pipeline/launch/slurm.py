@@ -34,6 +34,8 @@ def _time(value: Any) -> Any:
 def _memory(value: str) -> str:
     if MEMORY.fullmatch(value) is None:
         raise ValueError(f"'{value}' is no memory; wanted a number and K, M, G or T, as \"64G\"")
+    if value.isdecimal() and value != "0":
+        raise ValueError(f'{value} has no unit, so SLURM would give {value} MB; wanted "{value}G", or "{value}M"')
     return value
 
 
@@ -80,7 +82,7 @@ class Resources(Settings):
         ranks_per_node: Processes of a training on each; null is one for each GPU, or one.
         gpus_per_node: GPUs of each machine.
         cpus_per_rank: Processors of each process.
-        memory_per_node: As "64G".
+        memory_per_node: As "64G"; "0" is all that a machine has.
         array: Processes of a data task, each an element of an array of jobs.
         at_once: Elements of an array that may run at a time.
         flags: More flags of sbatch, as they are.
@@ -111,7 +113,7 @@ class Slurm(Run):
         tasks: What a task asks for instead, by its name.
         setup: Lines of shell that make the environment of a job: modules, an environment to activate.
         python: The interpreter; null is that of the submission, or where there is a setup what it calls python.
-        container: Words before the interpreter of every rank: "apptainer exec --nv IMAGE".
+        container: Words before the interpreter of every rank: [apptainer, exec, --nv, IMAGE].
         srun: More flags of srun, as they are.
         environment: Variables of every rank: of NCCL and the interconnect.
         elastic: The fewest nodes that a training goes on with where it cannot have all; null is all of them, and so are

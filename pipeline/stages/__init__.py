@@ -4,6 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.artifact import Manifest
+from pipeline.settings import choices_of
 from pipeline.stages.clean import Clean
 from pipeline.stages.dedup import Dedup
 from pipeline.stages.evaluate import Evaluate
@@ -34,3 +36,12 @@ AnyStage = Annotated[
     | Report,
     Field(discriminator="kind"),
 ]
+
+
+def headline(manifest: Manifest) -> tuple[str, str]:
+    """Return how much a task made and the number that matters; nothing if its numbers are those of another version."""
+    stage = choices_of(AnyStage).get(manifest.stage.get("kind", ""))
+    try:
+        return stage.headline(manifest.stats) if stage else ("", "")
+    except KeyError:
+        return "", ""

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from pipeline.artifact import write_json
-from pipeline.errors import ArtifactError, ConfigError, Preempted
+from pipeline.errors import ConfigError, Preempted
 from pipeline.models.config import AnyModel
 from pipeline.progress import Progress
 from pipeline.settings import Input, decode
 from pipeline.stage import Context, Run, Stage, Stats
 from pipeline.stages.finetune import refuse_classifier
-from pipeline.stages.loading import check_tokenizer, load_language_model, planned_model
+from pipeline.stages.input_checks import check_same_tokenizer, check_special_ids
+from pipeline.stages.loading import load_language_model, model_settings, planned_model
 from pipeline.stages.preparing import Question, make_examples
 from pipeline.stages.pretrain import Pretrain
 from pipeline.text.corpus import HELD
@@ -56,6 +57,20 @@ class Evaluate(Stage):
         if (config := planned_model(made_by)) is not None:
             yield from self._question(made_by, config).check(config)
 
+    def check_inputs(self, inputs: Mapping[str, "Artifact"], run: Run) -> Iterator[tuple[str, str]]:
+        """Refuse what model and tokens do not have in common, and tokens of which none are held out."""
+        source, tokens = inputs.get("model"), inputs.get("tokens")
+        if tokens is not None and not tokens.parts(HELD):
+            yield "tokens", f"{tokens.place} holds out no document; tokenize with a larger held_out_fraction"
+        if source is None:
+            return
+        config = model_settings(source)
+        asked = self._question(_made_by(source), config)
+        yield from asked.check(config)
+        if tokens is not None:
+            yield from check_same_tokenizer(source, tokens, "tokens")
+            yield from check_special_ids(asked.objective, tokens)
+
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
         """A small file."""
         return 1 << 20
@@ -78,17 +93,11 @@ class Evaluate(Stage):
         from pipeline.training.validation import SEED, name_terms, predicts_text
 
         source, tokens = ctx.inputs["model"], ctx.inputs["tokens"]
-        check_tokenizer(source, tokens)
+        ctx.refuse(self.check_inputs(ctx.inputs, ctx.settings))
         model = load_language_model(source)
         asked = self._question(_made_by(source), model.config)
-        if problems := [f"{ctx.task}.{name}: {problem}" for name, problem in asked.check(model.config)]:
-            raise ConfigError(*problems)
-        if not tokens.parts(HELD):
-            raise ArtifactError(
-                f"{tokens.place}: holds out no document to evaluate on; tokenize with a larger held_out_fraction"
-            )
         held = open_stream(tokens, HELD)
-        examples = make_examples(ctx.task, asked, SEED, tokens, model.config)
+        examples = make_examples(asked, SEED, tokens, model.config)
         windows = num_windows(held, asked.objective.row_tokens(asked.seq_len))
         progress = ctx.progress(-(-windows // FED_ROWS), "batches")
         result = score(model, held, examples, beat=lambda: _count(ctx, progress))

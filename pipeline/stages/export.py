@@ -5,12 +5,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from pipeline.artifact import Artifact
 from pipeline.errors import ArtifactError
 from pipeline.models.hf.classes import unexportable
 from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats
 from pipeline.stages.finetune import refuse_classifier
-from pipeline.stages.loading import load_language_model, planned_model
+from pipeline.stages.loading import load_language_model, model_settings, planned_model
 from pipeline.text.tokenizers import TOKENIZER
 
 
@@ -38,6 +39,11 @@ class Export(Stage):
         if model is not None and (reason := unexportable(model)):
             yield "model", reason
 
+    def check_inputs(self, inputs: Mapping[str, Artifact], run: Run) -> Iterator[tuple[str, str]]:
+        """Refuse the same of a model that only its own files describe."""
+        if "model" in inputs and (reason := unexportable(model_settings(inputs["model"]))):
+            yield "model", reason
+
     @classmethod
     def headline(cls, stats: Stats) -> tuple[str, str]:
         """Return the number of parameters, and the largest logit difference."""
@@ -50,6 +56,7 @@ class Export(Stage):
 
         from pipeline.models.hf.export import export_hf
 
+        ctx.refuse(self.check_inputs(ctx.inputs, ctx.settings))
         source = ctx.inputs["model"]
         model = load_language_model(source)
         if ahead := getattr(model.config, "predict_ahead", 0):

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.errors import ArtifactError, ConfigError
+from pipeline.artifact import Artifact
+from pipeline.errors import ArtifactError
+from pipeline.models.config import AnyModel
 from pipeline.parallel.engine import Precision
 from pipeline.settings import Input, Source
 from pipeline.stage import CHECKPOINTS, Context, Run, Stage, Stats
 from pipeline.stages.engine_checks import check_engine
-from pipeline.stages.loading import open_language_model, planned_model
+from pipeline.stages.loading import model_settings, open_language_model, planned_model
 from pipeline.stages.preparing import give_weights
 from pipeline.stages.writing import write_model
 from pipeline.text.tokenizers import TOKENIZER
@@ -29,6 +31,16 @@ if TYPE_CHECKING:
     from pipeline.training.trainee import Trained
 
 
+class FinetuneGuard(Guard):
+    """The guard of a fine-tuning.
+
+    One example that is wrong for sure weighs much in a batch of few that are learned already, so that only a loss of
+    several nats more than before counts as wrong.
+    """
+
+    threshold: float = Field(default=200.0, gt=0)
+
+
 class Finetune(Stage):
     """Trains a classifier on labelled texts, from pretrained weights, and as a baseline from random ones.
 
@@ -42,8 +54,7 @@ class Finetune(Stage):
         seq_len: Tokens of a text that are read; what is longer is cut.
         batch_examples: Texts of one optimizer step, over all ranks.
         epochs: Passes over the training texts.
-        guard: What is done about steps that go wrong. One example that is wrong for sure weighs much in a batch of few
-            that are learned already, so that only a loss of several nats more than before counts as wrong.
+        guard: What is done about steps that go wrong.
     """
 
     version: ClassVar[int] = 2
@@ -65,16 +76,24 @@ class Finetune(Stage):
     schedule: AnySchedule = Cosine(warmup_fraction=0.1)
     clip_norm: float | None = Field(default=1.0, gt=0)
     precision: Precision = "fp32"
-    guard: Guard = Guard(threshold=200.0)
+    guard: FinetuneGuard = FinetuneGuard()
     seed: int = Field(default=0, ge=0)
 
     def check(self, upstream: Mapping[str, Stage], run: Run) -> Iterator[tuple[str, str]]:
         """Refuse texts longer than the model's sequences, and batches that do not divide."""
-        model = planned_model(upstream["model"])
-        if model is not None and self.seq_len > model.max_seq_len:
-            yield "seq_len", f"{self.seq_len} is longer than the model's max_seq_len of {model.max_seq_len}"
         yield from refuse_classifier(upstream)
         yield from self.optimizer.check(run)
+        yield from self._check_model(planned_model(upstream["model"]), run)
+
+    def check_inputs(self, inputs: Mapping[str, Artifact], run: Run) -> Iterator[tuple[str, str]]:
+        """Refuse the same of a model that only its own files describe."""
+        if "model" in inputs:
+            yield from self._check_model(model_settings(inputs["model"]), run)
+
+    def _check_model(self, model: AnyModel | None, run: Run) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with the model, as far as it is known, and with how it is trained."""
+        if model is not None and self.seq_len > model.max_seq_len:
+            yield "seq_len", f"{self.seq_len} is longer than the model's max_seq_len of {model.max_seq_len}"
         yield from check_engine(self.batch_examples, "batch_examples", self, run, model, [self.seq_len])
 
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
@@ -106,6 +125,7 @@ class Finetune(Stage):
         from pipeline.parallel.gathering import full_weights
         from pipeline.training.loop import joined
 
+        ctx.refuse(self.check_inputs(ctx.inputs, ctx.settings))
         examples = self._read(ctx)
         steps = -(-len(examples.train) * self.epochs // self.batch_examples)
         with joined(ctx) as mesh:
@@ -184,8 +204,6 @@ class Finetune(Stage):
 
         source, found = open_language_model(ctx.inputs["model"])
         config = source.config
-        if self.seq_len > config.max_seq_len:
-            raise ConfigError(f"seq_len: {self.seq_len} is longer than the model's {config.max_seq_len}")
         with torch.device("meta"):
             model = Classifier(Transformer(config), len(labels), labels)
         if pretrained:

@@ -15,7 +15,7 @@ from pipeline.progress import terminal_width
 from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats
 from pipeline.stages.finetune import refuse_classifier
-from pipeline.stages.loading import load_language_model, planned_model
+from pipeline.stages.loading import load_language_model, model_settings, planned_model
 from pipeline.stages.streaming import Stream, visible, write_nowhere, write_terminal
 from pipeline.text.prompts import encode_prompt, special_id
 from pipeline.text.tokenizers import TOKENIZER, Tokenizer, load
@@ -80,6 +80,24 @@ class Generate(Stage):
         if trained != decoding.mask_token:
             yield "decoding.mask_token", f"the model is trained with '{trained}', found '{decoding.mask_token}'"
 
+    def check_inputs(self, inputs: Mapping[str, Artifact], run: Run) -> Iterator[tuple[str, str]]:
+        """Refuse what the model cannot do, a mask that its tokenizer lacks, and prompts that it cannot read."""
+        from pipeline.models.generation.checks import check_prompts
+
+        if (source := inputs.get("model")) is None:
+            return
+        config, tokenizer = model_settings(source), load(source.file(TOKENIZER))
+        yield from check_decoding(self.decoding, config)
+        mask_id = None
+        if isinstance(self.decoding, FillMask):
+            try:
+                mask_id = special_id(tokenizer, self.decoding.mask_token)
+            except ConfigError as error:
+                yield "decoding.mask_token", str(error)
+                return
+        _, fed = _encode(self, source, config, tokenizer)
+        yield from check_prompts(config, fed, mask_id)
+
     def disk_bytes(self, input_bytes: int, run: Run) -> int:
         """A small file."""
         return 1 << 20
@@ -100,15 +118,13 @@ class Generate(Stage):
 
     def run(self, ctx: Context) -> None:
         """Write one row a prompt to `samples.jsonl`."""
+        ctx.refuse(self.check_inputs(ctx.inputs, ctx.settings))
         source = ctx.inputs["model"]
         model, tokenizer = load_language_model(source), load(source.file(TOKENIZER))
-        try:
-            if isinstance(self.decoding, FillMask):
-                rows, made = _fill(ctx, self, self.decoding, model, tokenizer)
-            else:
-                rows, made = _write(ctx, self, self.decoding, model, tokenizer)
-        except ConfigError as error:
-            raise ConfigError(*(f"{ctx.task}.{problem}" for problem in error.problems)) from None
+        if isinstance(self.decoding, FillMask):
+            rows, made = _fill(ctx, self, self.decoding, model, tokenizer)
+        else:
+            rows, made = _write(ctx, self, self.decoding, model, tokenizer)
         with ctx.output.write(SAMPLES) as path:
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
         ctx.output.stats |= {"prompts": len(rows), **made}
@@ -118,17 +134,11 @@ def _write(
     ctx: Context, stage: Generate, decoding: Writing, model: "Transformer", tokenizer: Tokenizer
 ) -> tuple[list[dict[str, Any]], Stats]:
     """Return a row for every prompt, and what is counted of all."""
-    from pipeline.models.generation.checks import check_prompts, refuse
     from pipeline.models.generation.text import Text
     from pipeline.models.generation.writing import generate
 
-    end, answers = ctx.inputs["model"].stats["end_of_text_id"], model.config.kind == "encoder_decoder"
-    special = tokenizer.special_tokens if stage.special_tokens else ()
-    encoded = [encode_prompt(tokenizer, prompt, special) for prompt in stage.prompt]
-    # As in training: a text begins after the end of the one before, and what an encoder reads has an end.
-    start = _begins_with(ctx.inputs["model"], model.config)
-    prompts = [[*ids, end] if answers else [start, *ids] for ids in encoded]
-    refuse(check_decoding(decoding, model.config), check_prompts(model.config, prompts))
+    source, answers = ctx.inputs["model"], model.config.kind == "encoder_decoder"
+    encoded, prompts = _encode(stage, source, model.config, tokenizer)
     rows: list[dict[str, Any]] = []
     for batch in _batches(ctx, len(prompts)):
         texts = [Text(tokenizer.decode, stage.stop, [] if answers else ids) for ids in encoded[batch]]
@@ -137,12 +147,12 @@ def _write(
             prompts[batch],
             decoding,
             max_new_tokens=stage.max_new_tokens,
-            end_id=end,
-            start_id=start,
+            end_id=source.stats["end_of_text_id"],
+            start_id=_begins_with(source, model.config),
             seed=stage.seed,
             first_row=batch.start,
             texts=texts,
-            sees_prompt=_objective(ctx.inputs["model"]).get("kind") == "prefix",
+            sees_prompt=_objective(source).get("kind") == "prefix",
             watch=Stream([_opening(prompt, answers) for prompt in stage.prompt[batch]], texts, _terminal(ctx)),
         )
         for prompt, text, ids in zip(stage.prompt[batch], texts, made, strict=True):
@@ -155,16 +165,10 @@ def _fill(
     ctx: Context, stage: Generate, settings: FillMask, model: "Transformer", tokenizer: Tokenizer
 ) -> tuple[list[dict[str, Any]], Stats]:
     """Return a row for every prompt, and what is counted of all."""
-    from pipeline.models.generation.checks import check_prompts, refuse
     from pipeline.models.generation.filling import fill
 
-    mask = settings.mask_token
-    mask_id = _special_id(tokenizer, mask)
-    special = tokenizer.special_tokens if stage.special_tokens else [mask]
-    encoded = [encode_prompt(tokenizer, prompt, special, mask) for prompt in stage.prompt]
-    before, after = _frame(ctx.inputs["model"], tokenizer)
-    framed = [[*([] if ids[:1] == before else before), *ids, *([] if ids[-1:] == after else after)] for ids in encoded]
-    refuse(check_decoding(settings, model.config), check_prompts(model.config, framed, mask_id))
+    mask_id = special_id(tokenizer, settings.mask_token)
+    encoded, framed = _encode(stage, ctx.inputs["model"], model.config, tokenizer)
     rows: list[dict[str, Any]] = []
     for batch in _batches(ctx, len(framed)):
         found = fill(model, framed[batch], mask_id, settings)
@@ -177,11 +181,24 @@ def _fill(
     return rows, {"masks": sum(len(row["masks"]) for row in rows)}
 
 
-def _special_id(tokenizer: Tokenizer, token: str) -> int:
-    try:
-        return special_id(tokenizer, token)
-    except ConfigError as error:
-        raise ConfigError(f"decoding.mask_token: {error}") from None
+def _encode(
+    stage: Generate, source: Artifact, config: AnyModel, tokenizer: Tokenizer
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the ids of each prompt, and those with what the model reads before and after it."""
+    if isinstance(stage.decoding, FillMask):
+        mask = stage.decoding.mask_token
+        hidden = tokenizer.special_tokens if stage.special_tokens else [mask]
+        encoded = [encode_prompt(tokenizer, prompt, hidden, mask) for prompt in stage.prompt]
+        before, after = _frame(source, tokenizer)
+        return encoded, [
+            [*([] if ids[:1] == before else before), *ids, *([] if ids[-1:] == after else after)] for ids in encoded
+        ]
+    special = tokenizer.special_tokens if stage.special_tokens else ()
+    encoded = [encode_prompt(tokenizer, prompt, special) for prompt in stage.prompt]
+    # As in training: a text begins after the end of the one before, and what an encoder reads has an end.
+    if config.kind == "encoder_decoder":
+        return encoded, [[*ids, source.stats["end_of_text_id"]] for ids in encoded]
+    return encoded, [[_begins_with(source, config), *ids] for ids in encoded]
 
 
 def _begins_with(source: Artifact, config: AnyModel) -> int:

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipeline.artifact import Artifact
-from pipeline.errors import ArtifactError, ConfigError
+from pipeline.errors import ConfigError
 from pipeline.models.config import AnyModel, Decoder, EncoderDecoder
 from pipeline.parallel.engine import EngineSettings, Precision, partitioner
 from pipeline.parallel.mesh import shape_batch
 from pipeline.stage import Stage
 from pipeline.stages.import_tokenizer import ImportTokenizer
-from pipeline.stages.loading import check_tokenizer, load_language_model, model_settings, open_language_model
+from pipeline.stages.loading import load_language_model, model_settings, open_language_model
 from pipeline.stages.train_tokenizer import TrainTokenizer
 from pipeline.text.corpus import HELD
 from pipeline.text.packing import WarmUp
@@ -36,29 +36,15 @@ INIT_FROM = "init_from"
 
 
 def settle_model(stage: "Pretrain", inputs: Mapping[str, Artifact], tokens: Artifact) -> AnyModel:
-    """Return the settings of the model, with the vocabulary of the tokens or of the model it goes on with.
-
-    Raises:
-        ArtifactError: If a model that is read has another tokenizer than the tokens.
-        ConfigError: If the settings do not fit the objective, or the vocabulary does not fit the model.
-    """
+    """Return the settings of the model, with the vocabulary of the tokens or of the model it goes on with."""
     source = inputs.get(INIT_FROM)
     taken = None if source is None else model_settings(source)
-    for other in filter(None, (source, inputs.get(TEACHER))):
-        check_tokenizer(other, tokens, may_grow=other is source)
     config = stage.model or (taken or Decoder()).model_copy(update={"vocab_size": None})
+    if config.vocab_size is not None:
+        return config
     vocab_size = tokens.stats["vocab_size"]
-    if config.vocab_size is None:
-        known = vocab_size if taken is None else max(vocab_size, taken.real_vocab_size)
-        config = config.model_copy(update={"vocab_size": known})
-    elif config.vocab_size < vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: wanted at least {vocab_size}, the vocabulary of {tokens.path}, found "
-            f"{config.vocab_size}; leave it null to take that"
-        )
-    if problems := [f"{name}: {problem}" for name, problem in stage.question.check(config)]:
-        raise ConfigError(*problems)
-    return config
+    known = vocab_size if taken is None else max(vocab_size, taken.real_vocab_size)
+    return config.model_copy(update={"vocab_size": known})
 
 
 def build_model(stage: "Pretrain", config: AnyModel, ctx: "Context", mesh: "Mesh") -> "Transformer":
@@ -149,7 +135,7 @@ class Question:
         yield from self.objective.check(config, self.seq_len)
 
 
-def make_examples(task: str, asked: Question, seed: int, tokens: Artifact, config: AnyModel) -> "Examples":
+def make_examples(asked: Question, seed: int, tokens: Artifact, config: AnyModel) -> "Examples":
     """Return what makes examples of rows. Raises ArtifactError if the tokenizer lacks a token that they need."""
     import numpy as np
 
@@ -159,10 +145,7 @@ def make_examples(task: str, asked: Question, seed: int, tokens: Artifact, confi
 
     names, end, size = asked.objective.special_tokens(), tokens.stats["end_of_text_id"], tokens.stats["vocab_size"]
     if names:
-        try:
-            ids = special_ids(load(tokens.file(TOKENIZER)), names, end)
-        except ArtifactError as error:
-            raise ArtifactError(f"{task}.{error}") from None
+        ids = special_ids(load(tokens.file(TOKENIZER)), names, end)
     else:  # then it asks nothing of the vocabulary
         nothing = np.zeros(size, np.bool_)
         ids = SpecialIds({}, end, size, nothing, nothing, nothing)
@@ -171,18 +154,11 @@ def make_examples(task: str, asked: Question, seed: int, tokens: Artifact, confi
     return Examples(asked.objective, ids, asked.seq_len, asked.document_mask, seed)
 
 
-def open_held(task: str, tokens: Mapping[str, Artifact]) -> "dict[str, TokenStream]":
-    """Return the held-out documents of the sources that have any. Raises ArtifactError if none has."""
+def open_held(tokens: Mapping[str, Artifact]) -> "dict[str, TokenStream]":
+    """Return the held-out documents of the sources that have any."""
     from pipeline.text.stream import open_stream
 
-    held = {name: open_stream(artifact, HELD) for name, artifact in tokens.items() if artifact.parts(HELD)}
-    if not held:
-        fractions = ", ".join(str(artifact.manifest.stage["held_out_fraction"]) for artifact in tokens.values())
-        raise ArtifactError(
-            f"{task}.tokens: no document is held out for validation (held_out_fraction of tokenize: {fractions}); "
-            "hold out more or use more text"
-        )
-    return held
+    return {name: open_stream(artifact, HELD) for name, artifact in tokens.items() if artifact.parts(HELD)}
 
 
 def describe(stage: "Pretrain", loader: "Loader", held: "Mapping[str, TokenStream]") -> Iterator[str]:
@@ -223,15 +199,6 @@ def _student(objective: Distillation, config: AnyModel, source: Artifact) -> "Tr
     from pipeline.models.distillation import Student
 
     teacher = load_language_model(source)
-    if teacher.config.kind != config.kind:
-        raise ConfigError(
-            f"{TEACHER}: wanted a model of kind '{config.kind}', found one of kind '{teacher.config.kind}'"
-        )
-    if teacher.config.real_vocab_size > config.real_vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: wanted at least {teacher.config.real_vocab_size}, the teacher's, found "
-            f"{config.real_vocab_size}"
-        )
     with torch.device("meta"):
         return Student(config, teacher, objective.temperature)
 

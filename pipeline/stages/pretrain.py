@@ -15,7 +15,8 @@ from pipeline.settings import Input
 from pipeline.stage import CHECKPOINTS, Context, Run, Stage, Stats, TaskName
 from pipeline.stages.engine_checks import check_engine
 from pipeline.stages.finetune import refuse_classifier
-from pipeline.stages.loading import check_tokenizer, planned_model
+from pipeline.stages.input_checks import check_pretraining
+from pipeline.stages.loading import check_tokenizer, model_settings, planned_model
 from pipeline.stages.preparing import (
     INIT_FROM,
     TEACHER,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
     from pipeline.models.transformer import Transformer
     from pipeline.parallel.mesh import Mesh
-    from pipeline.text.loader import Loader
+    from pipeline.text.loader import Loader, Order
     from pipeline.training.objectives.batch import Examples
     from pipeline.training.trainee import Trained
     from pipeline.training.validation import Validation
@@ -117,7 +118,10 @@ class Pretrain(Stage):
         """Refuse what the objective, the model and the tokens do not have in common, and batches that do not divide."""
         yield from self._check_tokens(upstream)
         yield from self._check_lengths()
-        yield from self._check_models(upstream)
+        for field in (INIT_FROM, TEACHER):
+            yield from refuse_classifier(upstream, field)
+        planned = {field: planned_model(upstream[field]) for field in (INIT_FROM, TEACHER) if field in upstream}
+        yield from self._check_models(planned.get(INIT_FROM), planned.get(TEACHER))
         yield from self.optimizer.check(run)
         if self.average is not None:
             yield from self.average.check(self.optimizer)
@@ -125,6 +129,12 @@ class Pretrain(Stage):
             yield "batch_tokens", f"{self.batch_tokens} does not divide into sequences of {self.seq_len} tokens"
             return
         yield from check_engine(self.batch_rows, "batch_tokens", self, run, self.planned_model, self.lengths)
+
+    def check_inputs(self, inputs: Mapping[str, Artifact], run: Run) -> Iterator[tuple[str, str]]:
+        """Refuse what models and tokens do not have in common, too few tokens, and none that are held out."""
+        made = {field: model_settings(inputs[field]) for field in (INIT_FROM, TEACHER) if field in inputs}
+        yield from self._check_models(made.get(INIT_FROM), made.get(TEACHER))
+        yield from check_pretraining(self, inputs, run)
 
     def _check_tokens(self, upstream: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
         makers = [upstream[field] for field in self.sources.values() if field in upstream]
@@ -146,18 +156,14 @@ class Pretrain(Stage):
                 "be cut into shorter ones; leave it empty",
             )
 
-    def _check_models(self, upstream: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
+    def _check_models(self, source: AnyModel | None, teacher: AnyModel | None) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the model, the one it begins with and its teacher, as far as they are known."""
-        for field in (INIT_FROM, TEACHER):
-            yield from refuse_classifier(upstream, field)
-        source = planned_model(upstream[INIT_FROM]) if INIT_FROM in upstream else None
         config = self.planned_model or source
         if config is None:
             return
         yield from self.question.check(config)
         if source is not None and (problems := list(misfits(config, source))):
             yield "model", describe_misfits(problems)
-        teacher = planned_model(upstream[TEACHER]) if TEACHER in upstream else None
         if teacher is None:
             return
         if teacher.kind != config.kind:
@@ -246,13 +252,14 @@ class Pretrain(Stage):
 
         tokens = {name: ctx.inputs[setting] for name, setting in self.sources.items()}
         first = next(iter(tokens.values()))
+        ctx.refuse(self.check_inputs(ctx.inputs, ctx.settings))
+        config = settle_model(self, ctx.inputs, first)
         try:
-            config = settle_model(self, ctx.inputs, first)
             loader = self.open_loader(tokens)
         except ConfigError as error:
             raise ConfigError(*(f"{ctx.task}.{problem}" for problem in error.problems)) from None
-        held = open_held(ctx.task, tokens)
-        examples = make_examples(ctx.task, self.question, self.seed, first, config)
+        held = open_held(tokens)
+        examples = make_examples(self.question, self.seed, first, config)
         beat = lambda: ctx.beat("validate", None)  # noqa: E731
         validation = Validation(held, replace(examples, seed=SEED), self.validation_sequences, beat)
         for line in describe(self, loader, held):
@@ -276,13 +283,20 @@ class Pretrain(Stage):
             ArtifactError: If they were made with different tokenizers, are damaged, or one holds less than a row.
             ConfigError: If the mixture holds less than the steps ask for.
         """
-        from pipeline.text.loader import Loader, Order
+        from pipeline.text.loader import Loader
         from pipeline.text.stream import open_stream
 
         first, *others = tokens.values()
         for other in others:
             check_tokenizer(first, other)
-        order = Order(
+        return Loader({name: open_stream(artifact) for name, artifact in tokens.items()}, self.order)
+
+    @property
+    def order(self) -> "Order":
+        """What fixes the order of training."""
+        from pipeline.text.loader import Order
+
+        return Order(
             mixture=self.mixture,
             packing=self.packing,
             seq_len=self.objective.row_tokens(self.seq_len),
@@ -292,7 +306,6 @@ class Pretrain(Stage):
             warmup=self.seq_len_warmup,
             max_epochs=self.max_epochs,
         )
-        return Loader({name: open_stream(artifact) for name, artifact in tokens.items()}, order)
 
     def _train(
         self,

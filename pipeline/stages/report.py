@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from pipeline.artifact import Artifact, write_json
-from pipeline.settings import Input, choices_of
+from pipeline.settings import Input
 from pipeline.stage import Context, Run, Stage, Stats, TaskName
 from pipeline.text.corpus import HELD
 
@@ -44,11 +44,12 @@ class Report(Stage):
         """Read the manifests, metrics, lengths and samples of all inputs, and write both files."""
         from pipeline.report.entries import Entry
         from pipeline.report.page import render
+        from pipeline.stages import headline
 
         artifacts = {name.removeprefix("tasks."): artifact for name, artifact in ctx.inputs.items()}
         entries = []
         for name, artifact in artifacts.items():
-            amount, result = _headline(artifact)
+            amount, result = headline(artifact.manifest)
             drawn = (_lengths(artifact), _vocabulary(artifact), _samples(artifact), _certificate(artifact))
             entries.append(Entry(name, artifact, amount, result, *drawn))
         page = render(self.title, entries).encode()
@@ -57,17 +58,6 @@ class Report(Stage):
         with ctx.output.write("metrics.json") as path:
             write_json(path, {f"{entry.name}.{name}": n for entry in entries for name, n in entry.numbers.items()})
         ctx.output.stats |= {"tasks": len(entries), "page_bytes": len(page)}
-
-
-def _headline(artifact: Artifact) -> tuple[str, str]:
-    """Return what the artifact's stage says of it; nothing if its numbers are those of another version."""
-    from pipeline.stages import AnyStage
-
-    stage: type[Stage] | None = choices_of(AnyStage).get(artifact.manifest.stage.get("kind", ""))
-    try:
-        return stage.headline(artifact.stats) if stage else ("", "")
-    except KeyError:
-        return "", ""
 
 
 def _lengths(artifact: Artifact) -> Mapping[int, int]:

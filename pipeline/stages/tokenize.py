@@ -52,12 +52,23 @@ class Tokenize(Stage):
             known = nearest(str(self.end_of_text), maker.special_tokens)
             yield "end_of_text", f"the tokenizer has no special token '{self.end_of_text}'{known}"
 
+    def check_inputs(self, inputs: Mapping[str, Artifact], run: Run) -> Iterator[tuple[str, str]]:
+        """Refuse an end-of-text token that the tokenizer does not have."""
+        maker = inputs.get("tokenizer")
+        if maker is None or f"special.{self._end_name(maker)}" in maker.stats:
+            return
+        tokenizer = load(maker.file(TOKENIZER))
+        if tokenizer.token_id(self._end_name(maker)) is None:
+            known = nearest(self._end_name(maker), list(tokenizer.special_tokens))
+            yield "end_of_text", f"{maker.path / TOKENIZER} has no token '{self._end_name(maker)}'{known}"
+
     def run(self, ctx: Context) -> None:
         """Encode this rank's parts."""
         from pipeline.text.encoding import Encoder, PartEncoder
         from pipeline.text.engine import choose_engine
         from pipeline.text.token_parts import keep_memory
 
+        ctx.refuse(self.check_inputs(ctx.inputs, ctx.settings))
         keep_memory()
         corpus, maker = ctx.inputs["corpus"], ctx.inputs["tokenizer"]
         source = maker.file(TOKENIZER)
@@ -143,12 +154,14 @@ class Tokenize(Stage):
 
     def _end_id(self, tokenizer: Tokenizer, maker: Artifact) -> int:
         """Return the id that ends a document; `maker` is the artifact of the tokenizer."""
-        name = self.end_of_text or maker.stats.get("end_of_text", END_OF_TEXT)
-        number = tokenizer.token_id(name)
-        if number is None:
-            known = nearest(name, list(tokenizer.special_tokens))
-            raise ArtifactError(f"end_of_text: {maker.path / TOKENIZER} has no token '{name}'{known}")
+        number = tokenizer.token_id(self._end_name(maker))
+        assert number is not None
         return number
+
+    def _end_name(self, maker: Artifact) -> str:
+        """Return the token that ends a document; `maker` is the artifact of the tokenizer."""
+        name: str = self.end_of_text or maker.stats.get("end_of_text", END_OF_TEXT)
+        return name
 
 
 def sample_corpus(corpus: Artifact) -> list[str]:

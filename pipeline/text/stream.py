@@ -40,8 +40,11 @@ class Span:
     end: int
 
 
-def open_stream(tokens: Artifact, prefix: str = "part-") -> "TokenStream":
+def open_stream(tokens: Artifact, prefix: str = "part-", *, prove: bool = True) -> "TokenStream":
     """Return the documents of a tokens artifact to train on, or with "held-" those that are held out.
+
+    Args:
+        prove: Whether to read at once what was written since it was last proven, or each part when it is first read.
 
     Raises:
         ArtifactError: If a file of them is not what the manifest says, or an id is outside the vocabulary.
@@ -53,7 +56,8 @@ def open_stream(tokens: Artifact, prefix: str = "part-") -> "TokenStream":
             f"{tokens.place}: has the id {stats['max_token_id']}, but its vocabulary has {stats['vocab_size']}; "
             "tokenize again"
         )
-    tokens.prove(names)
+    if prove:
+        tokens.prove(names)
     held = prefix == HELD
     documents, num_bytes = (
         stats[f"held_out.{what}"] if held else stats[what] - stats[f"held_out.{what}"]

@@ -155,7 +155,9 @@ class Heart:
             self._write_watched(waits=waits, done="dumped")
             patience_s = 2 * pause_s + DUMP_S
             reason = self._conclude(patience_s) if first else self._hear(patience_s + DUMP_S)
-            self._leave(Lost(f"{reason}; the Python stacks of all ranks are in their logs; the same command continues"))
+            self._leave(
+                Lost(f"{reason}; the stacks of those that answer are in their logs; the same command continues")
+            )
             self._write_watched(done="left")
             self._wait_for(("left",), patience_s)
         except Exception:

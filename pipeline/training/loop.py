@@ -15,6 +15,7 @@ from pipeline.errors import Preempted, TrainingError
 from pipeline.parallel.engine import EngineSettings, build_engine, process_group
 from pipeline.parallel.mesh import Mesh, shape_batch
 from pipeline.stage import HEARTBEATS, SAVE_FILE, Context
+from pipeline.track import METRICS, read_metrics
 from pipeline.training.checkpoints.saver import Restored, Saver
 from pipeline.training.feed import Feeder
 from pipeline.training.guard import Finding, Watch, decide
@@ -213,11 +214,19 @@ class Training:
         kept = self.recipe.optimizer.state_copies + (average.state_copies if average else 0)
         self.saver.check_space(self.trainee.num_params, kept)
         if restored is None:
+            if (lost := self._lost_steps()) > 0:
+                again = f"there is no checkpoint: begins at step 0 again ({lost:,} steps had been done)"
+                self.ctx.log(f"{self.trainee.label}{again}")
             return 0
         self._take_up(restored)
         if restored.step < self.recipe.steps:
             self.ctx.log(f"{self.trainee.label}continues after {self._where(restored)}")
         return restored.step
+
+    def _lost_steps(self) -> int:
+        """Return how many steps of this training an earlier try has logged; on rank 0, which says so."""
+        rows = read_metrics(self.ctx.directory / METRICS) if self.ctx.rank == 0 else []
+        return min(max((int(row["step"]) for row in rows), default=0) - self.trainee.first_step, self.recipe.steps)
 
     def _take_up(self, restored: Restored) -> None:
         """Go on from what a checkpoint says beside the weights."""

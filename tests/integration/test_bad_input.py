@@ -54,8 +54,12 @@ def refused(tmp_path, *arguments, status) -> str:
         (["job=tiny", "run=null"], "command line: Config group override must be"),
         (["job=tiny", "tasks.pretrain.optimizer.lr=inf"], "tasks.pretrain.optimizer.lr: wanted a finite number"),
         (
-            ["job=tiny", "tasks.pretrain.schedule.warmup_fraction=0.1"],
-            "schedule.kind: missing; say which kind: constant or cosine or",
+            ["job=tiny", "tasks.pretrain.average.decay=0.9"],
+            "tasks.pretrain.average.kind: missing; say which kind: ema or last",
+        ),
+        (
+            ["job=tiny", "tasks.pretrain.schedule.warmup=0.1"],
+            "schedule.warmup: no such setting of kind 'linear', the default; there is final_fraction, ",
         ),
         (["job=tiny", "tasks.generate.prompt=42"], "tasks.generate.prompt: wanted a valid array, found 42"),
         (["job=tiny", "tasks.generate.prompt=[]"], "tasks.generate.prompt: value should have at least 1 item"),
@@ -113,6 +117,17 @@ def test_a_cluster_may_be_a_file_anywhere(tmp_path):
     (tmp_path / "slurm.yaml").write_text("defaults: [slurm, _self_]\naccount: mine\n")
     done = run_pipeline("job=tiny", f"run={tmp_path}/slurm.yaml", "run.nodes=2", f"root={tmp_path}/artifacts", "--plan")
     assert "--account=mine --nodes=2 " in done.stdout
+
+
+def test_a_cluster_that_does_not_say_what_it_is_is_refused_with_all_that_is_wrong(tmp_path):
+    (tmp_path / "site.yaml").write_text("account: mine\nnodez: 2\n")
+    said = refused(tmp_path, "job=tiny", f"run={tmp_path}/site.yaml", "tasks.pretrain.stps=3", status=2)
+    assert said.splitlines() == [
+        f"error: run: {tmp_path}/site.yaml: does not say whether it is for slurm or local; begin it with "
+        "'defaults: [slurm, _self_]'",
+        "error: tasks.pretrain.stps: no such setting; did you mean 'steps'?",
+        "error: run.nodez: no such setting; did you mean 'nodes'?",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -302,7 +317,7 @@ class TestWithAJob:
             "stage=evaluate",
             f"stage.model={root}/jobs/tiny/pretrain",
             f"stage.tokens={root}/jobs/tiny/tokenize",
-            status=3,
+            status=2,
         )
         assert "its tokenizer (vocabulary of 300) is not the one of" in said
         said = refused(

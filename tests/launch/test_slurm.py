@@ -76,7 +76,7 @@ def test_a_stage_that_reads_a_model_asks_for_one_gpu_of_the_training_nodes():
 
 @pytest.mark.parametrize(
     ("asked", "share"),
-    [("240G", "61440M"), ("1000", "250M"), ("2T", "524288M"), ("2K", "1M"), ("0", "0"), (None, None)],
+    [("240G", "61440M"), ("1000M", "250M"), ("2T", "524288M"), ("2K", "1M"), ("0", "0"), (None, None)],
 )
 def test_a_stage_that_reads_a_model_asks_for_the_memory_of_one_rank(asked, share):
     run = slurm(nodes=2, ranks_per_node=4, memory_per_node=asked, tasks={"mine": {"memory_per_node": "7G"}})
@@ -138,6 +138,10 @@ def test_times_are_read_as_slurm_writes_them(time, seconds):
         (
             {"data": {"memory_per_node": "640GB"}},
             "run.data.memory_per_node: '640GB' is no memory; wanted a number and K, M, G or T, as \"64G\"",
+        ),
+        (
+            {"tasks": {"pretrain": {"memory_per_node": 240}}},
+            'run.tasks.pretrain.memory_per_node: 240 has no unit, so SLURM would give 240 MB; wanted "240G", or "240M"',
         ),
         (
             {"environment": {"A": 0.5}},

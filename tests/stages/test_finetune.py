@@ -155,5 +155,5 @@ def test_a_classifier_is_not_fine_tuned_again(theirs, finetune, tmp_path):
 
 
 def test_what_is_known_only_when_it_is_read_is_refused_then(theirs, finetune, tmp_path):
-    with pytest.raises(ConfigError, match="seq_len: 100 is longer than the model's 64"):
+    with pytest.raises(ConfigError, match="finetune.seq_len: 100 is longer than the model's max_seq_len of 64"):
         finetune(open_input(str(theirs / "gpt2"), tmp_path / "root", "model"), seq_len=100)

@@ -125,7 +125,7 @@ def test_classifiers_are_refused():
     ("settings", "message"),
     [
         ({"decoding": {"kind": "beams"}}, "stage.decoding.kind: no decoding is called 'beams'; did you mean 'beam'?"),
-        ({"decoding": {"temperature": 1.0}}, "stage.decoding.kind: missing; say which kind"),
+        ({"decoding": {"beams": 3}}, "stage.decoding.beams: no such setting of kind 'sample', the default; there is"),
         ({"stop": ["a", ""]}, "stage.stop.1: string should have at least 1 character"),
         ({"prompt": []}, "stage.prompt"),
     ],

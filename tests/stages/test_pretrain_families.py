@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from support import run_pipeline
 
 from pipeline.artifact import WORK, Artifact, InputRecord, Made, Manifest, open_artifact, write_manifest
-from pipeline.errors import ArtifactError, ConfigError, Preempted
+from pipeline.errors import ConfigError, Preempted
 from pipeline.models.saved import load_model
 from pipeline.settings import decode, encode, fingerprint
 from pipeline.stage import Context, Run, Stage, read_outputs
@@ -231,6 +232,18 @@ def test_a_stopped_run_ends_in_the_same_bits(train, tmp_path, zero):
     assert losses[0] == losses[1]
 
 
+def test_a_run_that_has_lost_its_checkpoints_says_so(train, tmp_path, capsys):
+    lost = "pretrain: there is no checkpoint: begins at step 0 again (3 steps had been done)"
+    where = tmp_path / "stopped"
+    with pytest.raises(Preempted):
+        train(model=DECODER, directory=where, should_stop=stop_after(3))
+    shutil.rmtree(where / "checkpoints")
+    assert lost not in capsys.readouterr().out
+    model = train(model=DECODER, directory=where)
+    assert lost in capsys.readouterr().out.splitlines()
+    assert [row["step"] for row in rows_of(model)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_the_average_is_what_is_validated_and_kept(train, tokens):
     last = train(model=DECODER)
     mean = train(model=DECODER, average={"kind": "ema", "decay": 0.9})
@@ -245,7 +258,7 @@ def validation_loss(model: Artifact, tokens: Artifact) -> float:
 
     stage = decode(Pretrain, model.manifest.stage)
     asked = Question(stage.objective, stage.seq_len, stage.document_mask)
-    examples = make_examples("", asked, 0, tokens, load_model(model.path).config)
+    examples = make_examples(asked, 0, tokens, load_model(model.path).config)
     held = open_stream(tokens, "held-")
     total = -(-held.num_tokens // stage.objective.row_tokens(stage.seq_len))
     windows = [number * total // 8 for number in range(8)]
@@ -337,7 +350,7 @@ def test_a_perfect_student_has_nothing_to_learn(train):
 
 
 def test_a_token_that_the_tokenizer_lacks_is_named(train):
-    with pytest.raises(ArtifactError, match=r"pretrain.objective: the tokenizer has no token '<mask>'"):
+    with pytest.raises(ConfigError, match=r"pretrain.objective: the tokenizer has no token '<mask>'"):
         train(model=BERT, objective={"kind": "masked", "mask_token": "<mask>"})
 
 

@@ -10,7 +10,7 @@ import xxhash
 
 from pipeline import proof
 from pipeline.artifact import Artifact, record_file
-from pipeline.errors import ArtifactError, Preempted
+from pipeline.errors import ArtifactError, ConfigError, Preempted
 from pipeline.proof import hash_file
 from pipeline.settings import decode
 from pipeline.stage import Run
@@ -319,7 +319,7 @@ def test_an_end_of_text_that_is_not_there_is_refused_before_and_while_running(in
     ]
     assert list(tokenize().check({"tokenizer": train()}, Run(kind="local"))) == []
     with pytest.raises(
-        ArtifactError, match=r"end_of_text: .*tokenizer\.json has no token '<\|endoftxt\|>'; did you mean"
+        ConfigError, match=r"tokenize\.end_of_text: .*tokenizer\.json has no token '<\|endoftxt\|>'; did you mean"
     ):
         run_stage(stage, inputs, tmp_path / "tokens")
 
