@@ -43,11 +43,13 @@ def _task(arguments: Sequence[str]) -> int:
 
 
 COMMANDS = {
-    "status": Other("[JOB] [--watch] [--json]", "how far jobs are, or the tasks of one", _of("jobs.status")),
-    "wait": Other("JOB", "return when a job is over, with its exit status", _of("jobs.wait")),
+    "status": Other("[JOB ...] [--watch] [--json]", "how far jobs are, or the tasks of one", _of("jobs.status")),
+    "wait": Other("JOB ...", "return when jobs are over, with their exit status", _of("jobs.wait")),
     "logs": Other("JOB.TASK [--rank N] [--job] [--follow] [--lines N]", "what a rank has printed", _of("jobs.logs")),
-    "cancel": Other("JOB[.TASK]", "end what waits or runs of a job; what is done or saved stays", _of("jobs.cancel")),
-    "retry": Other("JOB", "start again what of a job did not end well, exactly as it was", _of("jobs.retry")),
+    "cancel": Other(
+        "JOB[.TASK] ...", "end what waits or runs of a job; what is done or saved stays", _of("jobs.cancel")
+    ),
+    "retry": Other("JOB ...", "start again what of a job did not end well, exactly as it was", _of("jobs.retry")),
     "verify": Other("PATH|URL|JOB.TASK ...", "read artifacts in full: is every file what it was?", _of("verify")),
     "sync": Other(
         "[JOB|JOB.TASK|DIR ...] [--all]", "bring the numbers of trainings to W&B, from a login node", _of("sync")
@@ -64,8 +66,9 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command line; end with the exit status of what happened."""
-    for number in (signal.SIGTERM, signal.SIGUSR2):  # until a job runs, nothing can be lost
-        signal.signal(number, lambda *_: sys.exit(Preempted.exit_status))
+    if "PIPELINE_ALLOCATION" not in os.environ:  # there they end it, and slurm/stage.sbatch lets it begin again
+        for number in (signal.SIGTERM, signal.SIGUSR2):  # until a job runs, nothing can be lost
+            signal.signal(number, lambda *_: sys.exit(Preempted.exit_status))
     try:
         try:
             status = _run(sys.argv[1:])

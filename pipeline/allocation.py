@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError, LaunchError, Lost, PipelineError, Preem
 from pipeline.execute import link
 from pipeline.launch import scheduler
 from pipeline.launch.lock import slurm_job
+from pipeline.launch.output import tail
 from pipeline.launch.slurm import Slurm
 from pipeline.perform import perform, wanted
 from pipeline.plan import stage_of
@@ -27,7 +28,6 @@ OF_THE_CLUSTER = ("TimeLimit", "NodeDown")  # why SLURM ends a job that nobody h
 PATIENCE_S = 600.0  # of a job that has come to its end without a controller to ask
 PAUSE_S = 5.0
 SEEN_S = 60.0  # until a manifest shows: a network's disk may remember for so long that it was not there
-TAIL_BYTES = 4096  # of a log
 
 
 def run_task(arguments: Sequence[str], stop: StopRequest) -> int:
@@ -85,11 +85,13 @@ def _shrink(task: FrozenTask, run: Slurm, nodes: int) -> Slurm:
         LaunchError: If it can use none.
     """
     upstream = {name: stage_of(open_artifact(Path(path))) for name, path in task.inputs.items()}
+    problems: list[tuple[str, str]] = []
     for fewer in range(nodes, (run.elastic or run.nodes) - 1, -1):
-        if not list(task.stage.check(upstream, run.on(fewer))):
+        if not (problems := list(task.stage.check(upstream, run.on(fewer)))):
             tell(f"{task.name}: on {fewer} node{'s' if fewer > 1 else ''} instead of {run.nodes} (run.elastic)")
             return run.on(fewer)
-    raise LaunchError(f"{task.name}: cannot be spread over {nodes} nodes or fewer; see run.elastic and run.nodes")
+    why = "".join(f" ({problem})" for _, problem in problems[-1:])
+    raise LaunchError(f"{task.name}: cannot be spread over {nodes} nodes or fewer{why}; see run.elastic and run.nodes")
 
 
 def begin_again(error: PipelineError) -> int:
@@ -163,18 +165,14 @@ class Comeback:
     def _is_cancelled(self, told: Mapping[str, str]) -> bool:
         if told["JobState"] == "RUNNING" or _comes_by_itself(told) or told["Reason"] in OF_THE_CLUSTER:
             return False
-        return not _was_preempted(told)
+        return not _was_preempted()
 
 
 def _comes_by_itself(told: Mapping[str, str]) -> bool:
     return int(told["Restarts"]) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def _was_preempted(told: Mapping[str, str]) -> bool:
+def _was_preempted() -> bool:
     """Return whether SLURM wrote into the log of a job that it ends for others (PreemptMode=CANCEL) that it did so."""
-    try:
-        log = Path(told["StdOut"]).read_bytes()[-TAIL_BYTES:]
-    except (OSError, KeyError):
-        return False
-    last = log.rpartition(b"*** JOB ")[2].partition(b"\n")[0]
-    return b"DUE TO PREEMPTION" in last and last.startswith(os.environ["SLURM_JOB_ID"].encode() + b" ")
+    last = tail(Path("/proc/self/fd/2")).rpartition("*** JOB ")[2].partition("\n")[0]
+    return "DUE TO PREEMPTION" in last and last.startswith(os.environ["SLURM_JOB_ID"] + " ")

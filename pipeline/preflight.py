@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.artifact import WORK, write_json
@@ -114,7 +115,8 @@ def _step(run: Slurm, *words: str) -> tuple[list[Facts], list[str]]:
     for line in out.decode(errors="replace").splitlines():
         _, found, text = line.partition(SAYS)
         if found:
-            said.append(json.loads(text))
+            with suppress(ValueError):  # cut off, where there was no answer in time
+                said.append(json.loads(text))
     return said, complaints.decode(errors="replace").splitlines()
 
 

@@ -4,7 +4,6 @@ srun runs the first once on every node and the second once for every rank. Each 
 nothing but Python's own library until it has said what is missing.
 """
 
-import hashlib
 import importlib
 import json
 import os
@@ -14,16 +13,17 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from pipeline.code import PACKAGE, code_digest
 from pipeline.env import adopt_slurm_rank
 
 SAYS = "preflight: "  # how the line begins
 MARKS = "work/preflight"  # in the directory of a task: a file of every node
 NEEDED = ("torch", "deepspeed")
-NOT_CODE = ("__pycache__", "conf", "slurm")
 BLOCK = 1 << 20
 FILE_BLOCKS = 64  # of the file that is written and read
 SIZES = (1 << 20, 1 << 24, 1 << 26)  # bytes that are summed over all ranks
@@ -40,7 +40,7 @@ def look(directory: Path) -> Facts:
     facts: Facts = {
         "python": platform.python_version(),
         "executable": sys.executable,
-        "code": code_digest(Path(__file__).resolve().parent),
+        "code": code_digest(PACKAGE),
         "missing": {},
     }
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
@@ -56,15 +56,6 @@ def look(directory: Path) -> Facts:
         memories = [cuda.get_device_properties(index).total_memory for index in range(facts["gpus"])]
         facts["gpu_bytes"] = min(memories, default=None)
     return facts | _disk(directory)
-
-
-def code_digest(package: Path) -> str:
-    """Return a hash of the code of this package as it lies on this node's disk."""
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.*")):
-        if path.is_file() and not {*NOT_CODE} & set(path.relative_to(package).parts):
-            digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _disk(directory: Path) -> Facts:
@@ -90,7 +81,8 @@ def _disk(directory: Path) -> Facts:
     except OSError as error:
         return {"disk_error": f"{error.strerror}: {error.filename or directory}"}
     finally:
-        file.unlink(missing_ok=True)
+        with suppress(OSError):  # it says above what is wrong
+            file.unlink()
     megabytes = FILE_BLOCKS * BLOCK / 1e6
     return {"write": megabytes / (written - began), "read": megabytes / (read - written), "free_bytes": free}
 

@@ -168,9 +168,11 @@ def _fail(directory: Path, error: PipelineError) -> NoReturn:
 @cache  # of this process: a plan of many tasks asks for each
 def commit() -> str | None:
     """Return the commit of the code that runs, with a + if it was edited since; null outside a checkout."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    whose = [*git, "ls-files", "--error-unmatch", Path(__file__).name]  # it may be installed in another's checkout
+    command = [*git, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
+        subprocess.run(whose, capture_output=True, check=True)
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

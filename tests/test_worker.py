@@ -2,7 +2,10 @@
 
 import errno
 import json
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,3 +59,36 @@ def test_a_rank_whose_memory_runs_out_says_so_in_one_line(monkeypatch, tmp_path,
         "ran out of memory: the job asked for memory_per_node=64G; the model's states alone need about 48.0 GB a rank, "
         "activations come on top; raise run.memory_per_node, or spread the model"
     ) in line
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """The package, copied into a checkout with one commit; `git` runs there."""
+    package = tmp_path / "lib/pipeline"
+    package.mkdir(parents=True)
+    shutil.copy(worker.__file__, package)
+    monkeypatch.setattr(worker, "__file__", str(package / "worker.py"))
+    worker.commit.cache_clear()
+
+    def git(*words):
+        name = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(["git", *name, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message=a")
+    yield git
+    worker.commit.cache_clear()
+
+
+def test_the_commit_of_another_project_in_whose_checkout_the_code_lies_is_not_its_own(installed):
+    assert worker.commit() is None
+
+
+def test_the_commit_is_that_of_the_code(installed):
+    installed("add", "--all")
+    installed("commit", "--quiet", "--message=b")
+    assert worker.commit() == installed("rev-parse", "--short=12", "HEAD")
+    worker.commit.cache_clear()
+    Path(worker.__file__).write_text("edited")
+    assert worker.commit() == installed("rev-parse", "--short=12", "HEAD") + "+"

@@ -4,24 +4,30 @@ import shlex
 import sys
 
 import pytest
-from submitted import OVER, SHORTER, manifest
+from submitted import OVER, SHORTER, manifest, wait_until
 from support import PROJECT
 
 SCRIPT = PROJECT / "slurm/stage.sbatch"
 
 
 @pytest.fixture
-def by_hand(cluster, tmp_path):
+def run_script(cluster, tmp_path):
     """Submits the script with flags and words, waits for the end, and gives SLURM's job and what it printed."""
 
     def submit(flags: list[str], *words: str) -> tuple[dict[str, str], str]:
         log = tmp_path / "job.log"
         export = f"--export=ALL,PIPELINE_PYTHON={sys.executable}"
-        more = ["--config-dir", str(PROJECT / "tests/conf"), *words, f"root={tmp_path / 'artifacts'}"]
-        job_id = cluster.submit(export, f"--chdir={PROJECT}", f"--output={log}", *flags, str(SCRIPT), *more)
+        job_id = cluster.submit(export, f"--chdir={PROJECT}", f"--output={log}", *flags, str(SCRIPT), *words)
         return cluster.wait_for(job_id, *OVER, timeout_s=240), log.read_text()
 
     return submit
+
+
+@pytest.fixture
+def by_hand(run_script, tmp_path):
+    """The same for a job or a stage."""
+    conf, root = str(PROJECT / "tests/conf"), f"root={tmp_path / 'artifacts'}"
+    return lambda flags, *words: run_script(flags, "--config-dir", conf, *words, root)
 
 
 def test_a_stage_runs_on_all_nodes_of_the_allocation(by_hand, tiny_tokens, tmp_path):
@@ -41,6 +47,34 @@ def test_a_whole_job_runs_in_one_allocation(by_hand, tiny_tokens, tmp_path):
     assert "report: " in log
     assert manifest(tmp_path / "artifacts/jobs/tiny/tokenize")["files"] == manifest(tiny_tokens)["files"]
     assert manifest(tmp_path / "artifacts/jobs/tiny/pretrain")["made"]["ranks"] == 2
+
+
+def test_any_command_runs_by_hand(run_script, tiny_tokens):
+    job, log = run_script([], "verify", str(tiny_tokens))
+    assert job["ExitCode"] == "0:0", log
+    assert "files as the manifest says" in log
+
+
+def test_what_is_run_by_hand_in_an_element_that_was_begun_again_is_a_job_of_its_own(cluster, tmp_path):
+    python, seen, id_ = tmp_path / "python", tmp_path / "seen", tmp_path / "id"
+    python.write_text(f"#!/bin/bash\nenv | grep -E '^SLURM_(ARRAY_|RESTART_)' >>{seen}\necho - >>{seen}\n")
+    with open(python, "a", encoding="utf-8") as script:  # which is killed once
+        script.write(f"[ $(grep -c - {seen}) -gt 1 ] || kill -KILL $$\n")
+    python.chmod(0o755)
+    inner = f"sbatch --parsable --export=ALL,PIPELINE_PYTHON={python} --output={tmp_path}/log {SCRIPT} job=tiny >{id_}"
+    outer = cluster.submit(
+        "--array=3", "--output=/dev/null", "--wrap", f'[ -z "$SLURM_RESTART_COUNT" ] || {inner}; sleep 600'
+    )
+    cluster.wait_for(f"{outer}_3", "RUNNING")
+    cluster.run("scontrol", "requeue", f"{outer}_3")
+    cluster.start_now(f"{outer}_3")
+    wait_until(lambda: id_.exists() and id_.read_text().endswith("\n"), 30)
+    job = id_.read_text().strip()
+    cluster.start_now(job)
+    assert cluster.wait_for(job, *OVER)["ExitCode"] == "0:0", (tmp_path / "log").read_text()
+    assert seen.read_text() == "SLURM_RESTART_COUNT=0\n-\nSLURM_RESTART_COUNT=1\n-\n"
+    told = cluster.job(f"{outer}_3")
+    assert (told["JobState"], told["Restarts"]) == ("RUNNING", "1")
 
 
 @pytest.mark.parametrize(

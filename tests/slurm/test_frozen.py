@@ -39,12 +39,16 @@ class Checkout:
     def git(self, *words: str) -> str:
         return subprocess.run(["git", *words], cwd=self.place, check=True, capture_output=True, text=True).stdout
 
-    def submit(self, root) -> None:
-        words = [f"job={self.job}", "run=slurm", "run.array=2", "run.flags=[--hold]", f"root={root}"]
+    def pipeline(self, *words: str, status: int = 0) -> str:
+        """What a command says that is run with the code of this checkout."""
         done = subprocess.run(
             [sys.executable, "-m", "pipeline", *words], cwd=self.place, env=self.env, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+
+    def submit(self, root) -> None:
+        self.pipeline(f"job={self.job}", "run=slurm", "run.array=2", "run.flags=[--hold]", f"root={root}")
 
 
 @pytest.fixture
@@ -95,3 +99,18 @@ def test_raw_text_that_changed_while_a_job_waited_is_refused(cluster, checkout, 
     assert "tasks.shard.sources.0.path: its files changed" in log
     assert "Traceback" not in log
     assert not (waiting.directory("shard") / "manifest.json").exists()
+
+
+def test_code_that_was_deleted_is_kept_again_if_it_is_still_the_same(cluster, checkout, waiting):
+    (code,) = (waiting.root / "code").iterdir()
+    root = f"root={waiting.root}"
+    for edited in (False, True):
+        checkout.pipeline("cancel", "waiting", root)
+        shutil.rmtree(code)
+        if edited:
+            (checkout.place / "pipeline/trace.py").write_text("edited")
+        said = checkout.pipeline("retry", "waiting", root, status=4 if edited else 0)
+        assert ("pipeline was edited meanwhile; start the job again" in said) == edited
+        assert [path.name for path in code.parent.iterdir()] == ([] if edited else [code.name])
+        queued = cluster.run("squeue", "--noheader").stdout
+        assert bool(queued) != edited, queued
