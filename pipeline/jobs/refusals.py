@@ -11,8 +11,9 @@ from pipeline.artifact import MANIFEST, WORK
 from pipeline.errors import LaunchError
 from pipeline.jobs.batch import script
 from pipeline.jobs.evidence import launcher_runs
+from pipeline.jobs.look import cluster_of
 from pipeline.jobs.record import RECORD, read_record
-from pipeline.jobs.sharing import DECIDING, own
+from pipeline.jobs.sharing import DECIDING, deciding, own
 from pipeline.jobs.words import say
 from pipeline.launch import scheduler
 from pipeline.launch.claim import live_claim
@@ -27,6 +28,9 @@ OWN_LOG = "the logs of a task are in its directory, in logs/"
 OWN_WAY = "a submission needs what sbatch prints of itself; `python -m pipeline wait JOB` waits"
 OWN_RANKS = "run.ranks_per_node says how many processes, and run.array how many elements"
 OWN_FLAGS = {  # of sbatch, each with what to say instead
+    "clusters": "submit on a login node of that cluster",
+    "partition": "run.partition says it",
+    "time": "run.time says it",
     "array": "run.array and run.at_once say how many elements",
     "dependency": "a task waits for those whose output it reads: '@TASK' in the job file",
     "output": OWN_LOG,
@@ -51,8 +55,10 @@ OWN_FLAGS = {  # of sbatch, each with what to say instead
 SHORT_FLAGS = {
     **{"a": "array", "d": "dependency", "o": "output", "e": "error", "J": "job-name", "D": "chdir", "N": "nodes"},
     **{"n": "ntasks", "W": "wait", "Q": "quiet", "V": "version", "h": "help"},
+    **{"M": "clusters", "p": "partition", "t": "time"},
 }
 WITHOUT_VALUE = "HIOQVWhksv"  # of sbatch's short flags
+VARIABLES = {"time": "SBATCH_TIMELIMIT", "memory_per_node": "SBATCH_MEM_PER_NODE", "gpus_per_node": "SBATCH_GRES"}
 ASKED_BY = {"gpus_per_node": ("--gres", "--gpus"), "memory_per_node": ("--mem",), "cpus_per_rank": ("--cpus-per-task",)}
 
 Answers = dict[tuple[str, ...], tuple[str, str] | None]  # of `scheduler.refusal`, by what was asked
@@ -77,7 +83,8 @@ class Cluster:
 
 
 def read_cluster() -> Cluster:
-    """Return what this cluster has. Raises LaunchError if SLURM does not say."""
+    """Return what this cluster has. Raises LaunchError if SLURM does not say, or would submit to another one."""
+    scheduler.refuse_other_clusters()
     return Cluster(scheduler.partitions(), scheduler.max_array())
 
 
@@ -92,6 +99,8 @@ def live_jobs(root: Path, name: str) -> list[str]:
     if not (root / "jobs" / name / RECORD).is_file():
         return []
     record = read_record(root, name)
+    if cluster_of(record) not in (None, scheduler.cluster()):  # who submits such a task anew is told where to ask
+        return []
     ids = {one for task in own(record) for one in (task.slurm, task.preflight) if one}
     return sorted({seen.id.partition("_")[0] for seen in scheduler.look(ids).values() if not seen.is_over}, key=int)
 
@@ -123,11 +132,14 @@ def under_way(root: Path, name: str, where: str) -> LaunchError:
 def refuse_working(tasks: Sequence[FrozenTask]) -> None:
     """Refuse tasks that somebody works at without a claim. Raises LaunchError with who does."""
     for directory in (Path(task.directory) for task in tasks):
-        if _signed(directory, LOCK + "*") and live_claim(directory) is None:
-            if read_owner(directory) is not None:
-                with locked(directory):
-                    pass
-            refuse_elements(directory)
+        if not _signed(directory, LOCK + "*"):
+            continue
+        with deciding(directory):  # a submission holds the lock for a moment too, and then leaves a claim
+            if live_claim(directory) is None:
+                if read_owner(directory) is not None:
+                    with locked(directory):
+                        pass
+                refuse_elements(directory)
 
 
 def refuse_elements(directory: Path) -> None:
@@ -222,20 +234,23 @@ def _refused(task: FrozenTask, cluster: Cluster | None, said: Slurm | None, answ
     if cluster is not None and not problems:
         problems += _too_much(task, run, cluster, said)
     if cluster is not None and not problems and (answer := _ask(task, run, cluster, answers)) is not None:
-        setting, value, problem = _blamed(run, *answer)
-        problems.append(f"{_place(setting, task, said)}: {value} is refused: {problem}")
+        problems.append(_blame(task, run, said, *answer))
     yield from problems
 
 
-def _blamed(run: Slurm, setting: str, problem: str) -> tuple[str, str, str]:
-    """Return the setting that SLURM complains of, and its value: words of `flags` where those ask for the same."""
+def _blame(task: FrozenTask, run: Slurm, said: Slurm | None, setting: str, problem: str) -> str:
+    """Say what SLURM complains of: words of `flags` where those ask for it, else the setting, else a variable."""
     asked = ASKED_BY.get(setting, (f"--{setting}=",))
     flags = [flag for flag in run.flags if flag.startswith(asked) or f"'{flag.partition('=')[0]}'" in problem]
-    problem = problem.partition(" Try ")[0]
+    refused = f"is refused: {problem.partition(' Try ')[0]}"
     if flags or setting == "flags":
-        return "flags", f"'{' '.join(flags or run.flags)}'", problem
-    value = getattr(run, setting, None)
-    return (setting, f"'{value}'", problem) if value else ("", "what this task asks for", problem)
+        return f"{_place('flags', task, said)}: '{' '.join(flags or run.flags)}' {refused}"
+    if value := getattr(run, setting, None):
+        return f"{_place(setting, task, said)}: '{value}', which this task asks for, {refused}"
+    name = VARIABLES.get(setting, f"SBATCH_{setting.upper()}")
+    if setting and (value := os.environ.get(name)):
+        return f"{name}: '{value}', which is set here, {refused}"
+    return f"run: what this task asks for {refused}"
 
 
 def _ask(task: FrozenTask, run: Slurm, cluster: Cluster, answers: Answers) -> tuple[str, str] | None:

@@ -40,18 +40,19 @@ class Deadline:
     def is_near(self) -> bool:
         """Return whether the state has to be saved now."""
         now, first = time.monotonic(), self._unanswered
-        near = now >= self._end - self._lead_s()
+        left_s = self._end - now
+        near = left_s < self._whole_s / 3 and left_s <= self._lead_s()  # first what needs no disk
         is_old = now - self._answered > (FRESH_S if near else LOOK_AGAIN_S)
         if is_old and now - self._asked > PAUSE_S and not self._looking.is_alive():
             self._ask()
         return near and (not is_old or (first is not None and now - first > ANSWER_S))
 
     def _lead_s(self) -> float:
-        """Return how long before the end: never more than a third of the whole time."""
+        """Return how long before the end."""
         saved = 0.0
         with suppress(OSError, ValueError):
             saved = MARGIN * float(self._saving.read_text("ascii"))
-        return min(max(saved, self._notice_s), self._whole_s / 3)
+        return max(saved, self._notice_s)
 
     def _ask(self) -> None:
         self._asked = time.monotonic()

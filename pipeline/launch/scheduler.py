@@ -9,9 +9,10 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cache
 from tempfile import TemporaryFile
+from typing import IO
 
 from pipeline.errors import LaunchError
 from pipeline.launch.slurm import seconds_of
@@ -20,15 +21,18 @@ from pipeline.progress import tell
 PATIENCE_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # before each further try of a command that failed for the moment
 FOR_THE_MOMENT = re.compile(
     "timed out|Unable to contact slurm controller|Connection refused|Zero Bytes were transmitted"
-    "|Transport endpoint|slurm_receive_msg|try again",
+    "|Transport endpoint|slurm_receive_msg|try again|temporarily unavailable",
     re.IGNORECASE,
 )
-QUEUE_IS_FULL = re.compile("temporarily unable to accept|Resource temporarily unavailable", re.IGNORECASE)
+QUEUE_IS_FULL = re.compile("temporarily unable to accept|Resource temporarily unavailable", re.IGNORECASE)  # of sbatch
 NOT_NOW = re.compile(
     "the queue is full|Required node not available|nodes .*(busy|drained|down)|submit limit|Job violates", re.IGNORECASE
 )
 OF_A_JOB = ("SLURM_", "SRUN_")  # how variables begin that SLURM sets in a job, and sbatch and srun read as options
-TO_REACH_SLURM = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+TO_REACH_SLURM = ("SLURM_CONF", "SLURM_JWT")
+CLUSTERS = ("SBATCH_CLUSTERS", "SLURM_CLUSTERS")  # which sbatch, squeue, scontrol and scancel follow, but not sacct
+OF_A_PERSON = ("SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_")  # how variables begin that change what those print or do
+IN_UTC = {"TZ": "UTC0"}  # local time has an hour twice in a year
 ANSWER = re.compile(r"(\d+)(;\S+)?")  # of sbatch: "12;cluster" where there are several
 BLAMED = {  # what sbatch says of a setting that it does not like
     "partition": "partition specified|partition name|partition not available|group not permitted to use this partition",
@@ -125,7 +129,7 @@ def command(
         status, printed, problem = _run(words, environment, locks)
         if status == 0:
             return printed
-        if QUEUE_IS_FULL.search(problem):  # which sbatch itself has waited for, two minutes long
+        if words[0] == "sbatch" and QUEUE_IS_FULL.search(problem):  # it has waited for that itself, two minutes long
             raise LaunchError(f"{words[0]}: the queue is full, SLURM takes no more jobs; submit later ({problem})")
         if pause_s is None or not FOR_THE_MOMENT.search(problem):
             tried = f" (tried {number} times)" if number > 1 else ""
@@ -146,7 +150,7 @@ def _run(words: Sequence[str], environment: Mapping[str, str] | None, locks: Seq
     said = []
     try:
         with (
-            TemporaryFile("w+", errors="replace") as printed,
+            _scratch_file(words[0]) as printed,
             subprocess.Popen(
                 words,
                 env={**_surroundings(words[0]), **(environment or {}), "SLURM_TIME_FORMAT": "standard"},
@@ -178,12 +182,24 @@ def _run(words: Sequence[str], environment: Mapping[str, str] | None, locks: Seq
     return status, text, problem
 
 
+def _scratch_file(program: str) -> IO[str]:
+    try:
+        return TemporaryFile("w+", errors="replace")
+    except OSError as error:
+        raise LaunchError(f"{program}: cannot be run: {error.strerror}; TMPDIR=DIR names another directory") from None
+
+
 def _surroundings(program: str) -> dict[str, str]:
-    """Return this process's variables; for sbatch without those of the job that it is in: the new one has its own."""
-    if program != "sbatch" or "SLURM_JOB_ID" not in os.environ:
-        return dict(os.environ)
-    names = [name for name in os.environ if name in TO_REACH_SLURM or not name.startswith(OF_A_JOB)]
-    return {name: os.environ[name] for name in names}
+    """Return this process's variables without those that lead to another cluster or change what is printed.
+
+    For sbatch also without those of the job that it is in: the new one has its own.
+    """
+    left_out = OF_A_PERSON + (OF_A_JOB if program == "sbatch" and "SLURM_JOB_ID" in os.environ else ())
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in TO_REACH_SLURM or not (name in CLUSTERS or name.startswith(left_out))
+    }
 
 
 def new_token() -> str:
@@ -251,9 +267,11 @@ def refusal(words: Sequence[str]) -> tuple[str, str] | None:
         raise
     except LaunchError as error:
         problem = str(error)
+        if NOT_NOW.search(problem):
+            return None
         if FOR_THE_MOMENT.search(problem):
             raise
-        return None if NOT_NOW.search(problem) else (blamed_setting(problem), problem)
+        return blamed_setting(problem), problem
     return None
 
 
@@ -266,6 +284,8 @@ def look(ids: Iterable[str], pauses_s: Sequence[float] = PATIENCE_S) -> dict[str
     """Return what SLURM knows of jobs, of an array's elements each for itself; what it has forgotten is left out.
 
     Args:
+        ids: As "12", which for an array is every element; and "12_3", which is asked of the accounting database where
+            the controller knows only of other elements.
         pauses_s: Before each further try, where SLURM does not answer.
 
     Raises:
@@ -275,15 +295,19 @@ def look(ids: Iterable[str], pauses_s: Sequence[float] = PATIENCE_S) -> dict[str
     if not wanted:
         return {}
     found: dict[str, Seen] = {}
-    jobs = sorted({job.partition("_")[0] for job in wanted})
+    jobs = sorted(set(map(_array_of, wanted)))
     one_more = jobs[0]  # of a single job that is forgotten squeue says that there is no such job, and fails
     for line in _squeue("%i|%T|%r|%N|%S", "--jobs", ",".join([*jobs, one_more]), pauses_s=pauses_s):
         job, state, reason, nodes, begins = line.split("|")
-        if {job, job.partition("_")[0]} & wanted:
-            found[job] = Seen(job, state, reason, nodes, begins)
-    if forgotten := wanted - {job.partition("_")[0] for job in found} - set(found):
-        found |= _look_back(forgotten, pauses_s)
-    return found
+        found[job] = Seen(job, state, reason, nodes, begins)
+    if forgotten := wanted - set(map(_array_of, found)) - set(found):
+        found = _look_back(set(map(_array_of, forgotten)), pauses_s) | found
+    return {job: seen for job, seen in found.items() if {job, _array_of(job)} & wanted}
+
+
+def _array_of(job: str) -> str:
+    """Return the id of the whole array that an element is of; of any other job its own."""
+    return job.partition("_")[0]
 
 
 def _squeue(columns: str, *which: str, pauses_s: Sequence[float] = PATIENCE_S) -> list[str]:
@@ -294,14 +318,32 @@ def _squeue(columns: str, *which: str, pauses_s: Sequence[float] = PATIENCE_S) -
 
 
 def _look_back(ids: Iterable[str], pauses_s: Sequence[float]) -> dict[str, Seen]:
-    """Return what the accounting database knows of jobs that the controller has forgotten; nothing without one."""
+    """Return how the accounting database says that jobs ended which the controller has forgotten; nothing without one.
+
+    Of a job of which it has not heard the end it still says that it waits or runs.
+    """
     words = ("--noheader", "--parsable2", "--allocations", "--format", "JobID,State,NodeList", "--jobs")
     try:
         printed = command("sacct", *words, ",".join(sorted(ids)), pauses_s=pauses_s)
     except LaunchError:
         return {}
-    rows = (line.split("|") for line in printed.splitlines())
-    return {job: Seen(job, state.split(" ")[0], "", nodes.replace("None assigned", "")) for job, state, nodes in rows}
+    found = {}
+    for job, state, nodes in (line.split("|") for line in printed.splitlines()):
+        for one in _each(job):
+            found[one] = Seen(one, state.split(" ")[0], "", nodes.replace("None assigned", ""))
+    return {job: seen for job, seen in found.items() if seen.is_over}
+
+
+def _each(job: str) -> list[str]:
+    """Return the ids that sacct abbreviates: of the elements of an array that have never begun, as "12_[0,3-5%2]"."""
+    array, _, elements = job.rstrip("]").partition("_[")
+    return [f"{array}_{number}" for number in numbers_of(elements.partition("%")[0])] if elements else [job]
+
+
+def numbers_of(text: str) -> list[int]:
+    """Return the numbers of "0,3-5,10-20:2"; "..." at its end, where SLURM cuts it off, leaves out what it cuts."""
+    spans = re.findall(r"(\d+)(?:-(\d+)(?::(\d+))?)?(?=,|$)", text)
+    return [n for first, last, step in spans for n in range(int(first), int(last or first) + 1, int(step or 1))]
 
 
 def cancel(ids: Sequence[str]) -> None:
@@ -322,8 +364,12 @@ def requeue(job: str) -> None:
 
 
 def show(job: str) -> dict[str, str]:
-    """Return what the controller says of one job, by its names. Raises LaunchError if it has forgotten it."""
-    printed = command("scontrol", "--oneliner", "show", "job", job)
+    """Return what the controller says of one job, by its names; times are in UTC.
+
+    Raises:
+        LaunchError: If it has forgotten it.
+    """
+    printed = command("scontrol", "--oneliner", "show", "job", job, environment=IN_UTC)
     return dict(re.findall(r"(\S+?)=(\S*)", printed.splitlines()[0]))
 
 
@@ -356,6 +402,20 @@ def cluster(pauses_s: Sequence[float] = PATIENCE_S) -> str:
     return os.environ.get("SLURM_CLUSTER_NAME") or _cluster(tuple(pauses_s))
 
 
+def refuse_other_clusters() -> None:
+    """Refuse to submit where the environment leads sbatch to another cluster than the one that is asked here.
+
+    Raises:
+        LaunchError: If it does, or SLURM does not answer.
+    """
+    for name in CLUSTERS:
+        if (wanted := os.environ.get(name)) and wanted != cluster():
+            raise LaunchError(
+                f"{name}={wanted}: wanted no other cluster than that of this machine, '{cluster()}'; submit on a login "
+                f"node of the other, or unset {name}"
+            )
+
+
 @cache  # it keeps its name
 def _cluster(pauses_s: Sequence[float]) -> str:
     found = re.search(r"ClusterName\s*=\s*(\S+)", _configuration(pauses_s))
@@ -369,15 +429,15 @@ def clock() -> float:
 
 
 def time_of(text: str) -> float | None:
-    """Return seconds since the epoch of a time that SLURM tells; null for "Unknown", as of the end without a limit."""
+    """Return seconds since the epoch of a time in UTC; null for "Unknown", as of the end without a limit."""
     try:
-        return datetime.fromisoformat(text).timestamp()
+        return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
     except ValueError:
         return None
 
 
 def _configuration(pauses_s: Sequence[float] = PATIENCE_S) -> str:
-    return command("scontrol", "show", "config", pauses_s=pauses_s)
+    return command("scontrol", "show", "config", environment=IN_UTC, pauses_s=pauses_s)
 
 
 def nodes_of(nodelist: str) -> list[str]:

@@ -48,12 +48,12 @@ def refused(tmp_path, monkeypatch):
         (
             {"account": "me", "data": {"qos": "low"}},
             "sbatch: Invalid qos specification",
-            "run.data.qos: 'low' is refused: sbatch: Invalid qos specification (shard)",
+            "run.data.qos: 'low', which this task asks for, is refused: sbatch: Invalid qos specification (shard)",
         ),
         (
             {"data": {"memory_per_node": "640G"}},
             f"sbatch: {NOT_AVAILABLE}",
-            "run.data.memory_per_node: '640G' is refused: nodes of 'main' have 64000M (shard)",
+            "run.data.memory_per_node: '640G', which this task asks for, is refused: nodes of 'main' have 64000M (",
         ),
         ({"data": {"memory_per_node": "1G"}}, f"sbatch: {NOT_AVAILABLE}", "run: what this task asks for is refused: "),
         ({"setup": ["module load x", "if true"]}, None, "run.setup: 'if true' is no whole command of bash ("),
@@ -62,6 +62,37 @@ def refused(tmp_path, monkeypatch):
 def test_the_setting_that_is_at_fault_is_named(refused, run, answer, line):
     (said,) = refused(answer, **run)
     assert said.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("SBATCH_ACCOUNT", "sbatch: Invalid account or account/partition combination"),
+        ("SBATCH_TIMELIMIT", "allocation failure: Requested time limit is invalid"),
+        ("SBATCH_GRES", "sbatch: error: Invalid generic resource (gres) specification"),
+    ],
+)
+def test_a_variable_that_is_at_fault_is_named(refused, monkeypatch, name, answer):
+    monkeypatch.setenv(name, "x")
+    assert refused(answer) == [f"{name}: 'x', which is set here, is refused: {answer} (shard)"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [
+        ("--clusters=b", "submit on a login node of that cluster"),
+        ("--cluster=b", "submit on a login node of that cluster"),
+        ("-HMb", "submit on a login node of that cluster"),
+        ("--partition=main", "run.partition says it"),
+        ("-pmain", "run.partition says it"),
+        ("--time=5", "run.time says it"),
+        ("-t5", "run.time says it"),
+    ],
+)
+def test_a_flag_that_would_hide_where_and_how_long_a_job_runs_is_refused(refused, flag, instead):
+    (said,) = refused(None, data={"flags": [flag]})
+    assert said == f"run.data.flags: '{flag}' cannot be asked for here: {instead} (shard)"
+    assert refused(None, data={"flags": ["--time-min=5", "--cluster-constraint=x"]}) == []
 
 
 def test_more_memory_than_any_node_has_is_refused_while_nodes_are_down_too(refused):
@@ -89,7 +120,8 @@ def test_of_several_partitions_each_has_to_be_known_and_the_largest_counts(refus
         "run.partition: no partition is called 'mian'; did you mean 'main'? (shard)"
     ]
     (said,) = refused(NOT_AVAILABLE, MAIN, few, partition="few,main", data={"memory_per_node": "640G"})
-    assert said == "run.data.memory_per_node: '640G' is refused: nodes of 'main' have 64000M (shard)"
+    asked = "run.data.memory_per_node: '640G', which this task asks for, is refused"
+    assert said == f"{asked}: nodes of 'main' have 64000M (shard)"
 
 
 def test_an_interpreter_that_only_the_nodes_have_is_said():

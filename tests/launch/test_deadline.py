@@ -1,6 +1,6 @@
 """When the end of a job's time is near, whatever clocks say. (With a SLURM that keeps time: tests/slurm.)"""
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 import pytest
 
@@ -25,7 +25,7 @@ class Slurm:
 
 
 def time_at(seconds: float) -> str:
-    return datetime.fromtimestamp(1_000_000_000 + seconds).isoformat(timespec="seconds")
+    return datetime.fromtimestamp(1_000_000_000 + seconds, UTC).strftime("%FT%T")
 
 
 @pytest.fixture
@@ -61,8 +61,14 @@ def test_the_state_is_saved_as_long_before_the_end_as_it_takes(slurm, is_near, t
     assert not is_near(3299)
     assert is_near(3300)
     (tmp_path / "work/save_s").write_text("9999")
-    assert not is_near(2399)
-    assert is_near(2400)  # never more than a third
+    assert not is_near(2400)
+    assert is_near(2401)  # never more than a third
+
+
+def test_what_saving_took_is_not_read_before_the_last_third(slurm, is_near, monkeypatch):
+    monkeypatch.setattr(Deadline, "_lead_s", lambda self: pytest.fail("a shared disk was asked, which all ranks share"))
+    for passed_s in (0, 1000, 2400):
+        assert not is_near(passed_s)
 
 
 def test_slurm_is_asked_now_and_then_and_before_it_is_believed(slurm, is_near):

@@ -1,12 +1,16 @@
 """What SLURM's commands say, understood. (How they behave: tests/slurm.)"""
 
-from datetime import datetime
+import tempfile
+import time
 
 import pytest
 
 from pipeline.errors import LaunchError
 from pipeline.launch import scheduler
-from pipeline.launch.scheduler import ANSWER, FOR_THE_MOMENT, NOT_NOW, QUEUE_IS_FULL, NoSlurm, blamed_setting
+from pipeline.launch.scheduler import ANSWER, FOR_THE_MOMENT, NOT_NOW, QUEUE_IS_FULL, NoSlurm, Seen, blamed_setting
+
+TWICE = "CET-1CEST,M3.5.0,M10.5.0/3"  # the time of Berlin, where an hour comes twice on October 25, 2026
+SECOND_TIME = 1792893540  # 02:59:00 there, as on the clock an hour before
 
 
 @pytest.mark.parametrize(
@@ -55,9 +59,12 @@ def test_what_may_go_well_the_next_time_is_known(text):
         "sbatch: error: Batch job submission failed: Resource temporarily unavailable",
     ],
 )
-def test_a_full_queue_is_not_asked_again(text):
+def test_a_full_queue_is_not_asked_again(text, program):
     assert QUEUE_IS_FULL.search(text)
-    assert not FOR_THE_MOMENT.search(text)
+    program("sbatch", f"echo '{text}' >&2; exit 1")
+    with pytest.raises(LaunchError, match="sbatch: the queue is full, SLURM takes no more jobs; submit later"):
+        scheduler.command("sbatch")
+    assert scheduler.refusal(["sbatch"]) is None
 
 
 @pytest.mark.parametrize(
@@ -105,12 +112,89 @@ def test_a_command_is_given_up_after_as_many_tries_as_it_says(program, capsys):
     assert capsys.readouterr().err.count("; try ") == 2
 
 
+def test_a_machine_that_is_short_of_something_is_no_full_queue_and_is_asked_again(program, capsys):
+    program("squeue", "echo 'slurm_load_jobs error: Resource temporarily unavailable' >&2; exit 1")
+    with pytest.raises(LaunchError, match=r"^squeue: slurm_load_jobs error: .* unavailable \(tried 2 times\)$"):
+        scheduler.command("squeue", pauses_s=(0.0,))
+    assert "; try 2 of 2" in capsys.readouterr().err
+
+
+def test_what_a_person_likes_to_see_of_slurm_changes_nothing(program, monkeypatch):
+    for name in ("SQUEUE_PARTITION", "SINFO_PARTITION", "SCANCEL_STATE", "SACCT_FEDERATION", "SBATCH_PARTITION"):
+        monkeypatch.setenv(name, "high")
+    for name in ("SLURM_CLUSTERS", "SBATCH_CLUSTERS"):
+        monkeypatch.setenv(name, "andes")
+    for name in ("squeue", "sinfo", "scancel", "sacct", "sbatch"):
+        program(name, "env | grep -E '=(high|andes)'")
+        assert scheduler.command(name) == "SBATCH_PARTITION=high\n"
+
+
+@pytest.mark.parametrize("name", ["SLURM_CLUSTERS", "SBATCH_CLUSTERS"])
+def test_a_submission_that_would_go_to_another_cluster_is_refused(monkeypatch, name):
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "alps")
+    for other in ("andes", "alps,andes", "all"):
+        monkeypatch.setenv(name, other)
+        wanted = f"^{name}={other}: wanted no other cluster than .* 'alps'; submit on a login .* or unset {name}$"
+        with pytest.raises(LaunchError, match=wanted):
+            scheduler.refuse_other_clusters()
+    monkeypatch.setenv(name, "alps")
+    scheduler.refuse_other_clusters()
+
+
+def test_nowhere_to_keep_what_is_printed_is_said_as_such(program, monkeypatch, tmp_path):
+    program("squeue", "true")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(
+        LaunchError, match=r"^squeue: cannot be run: No such file .*; TMPDIR=DIR names another"
+    ) as found:
+        scheduler.command("squeue")
+    assert not isinstance(found.value, NoSlurm)
+
+
+def test_what_the_controller_has_forgotten_the_database_knows(program):
+    program("squeue", "echo '8|RUNNING|None|n1|N/A'")
+    rows = (
+        "9|CANCELLED by 0|None assigned",
+        "10|OUT_OF_MEMORY|n1",
+        "11_0|COMPLETED|n[1-2]",
+        "11_[2,4-8:2%3]|CANCELLED by 0|None assigned",
+        "12_[1,3,1...]|CANCELLED|None assigned",
+        "13|RUNNING|n1",  # as far as it has heard
+    )
+    program("sacct", "\n".join(f"echo '{row}'" for row in rows))
+    assert scheduler.look(["8", "9", "10", "11", "12", "13"]) == {
+        "8": Seen("8", "RUNNING", "None", "n1", "N/A"),
+        "9": Seen("9", "CANCELLED"),
+        "10": Seen("10", "OUT_OF_MEMORY", "", "n1"),
+        "11_0": Seen("11_0", "COMPLETED", "", "n[1-2]"),
+        **{f"11_{number}": Seen(f"11_{number}", "CANCELLED") for number in (2, 4, 6, 8)},
+        **{f"12_{number}": Seen(f"12_{number}", "CANCELLED") for number in (1, 3)},
+    }
+    program("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    assert list(scheduler.look(["8", "9"])) == ["8"]
+
+
+def test_an_element_that_the_controller_has_forgotten_before_the_others_is_asked_for_by_its_id(program):
+    program("squeue", "echo '7_1|RUNNING|None|n1|N/A'\necho '7_2|PENDING|None||N/A'")
+    program("sacct", '[ "$*" = "${*% 7} 7" ] && printf \'7_0|FAILED|n1\\n7_1|RUNNING|n1\\n\'')
+    found = scheduler.look(["7", "7_0", "7_1", "7_2"])
+    assert {job: seen.state for job, seen in found.items()} == {"7_0": "FAILED", "7_1": "RUNNING", "7_2": "PENDING"}
+    assert list(scheduler.look(["7_0"])) == ["7_0"]
+    assert list(scheduler.look(["7"])) == ["7_1", "7_2"]
+
+
+def test_numbers_are_read_as_slurm_abbreviates_them():
+    assert scheduler.numbers_of("0") == [0]
+    assert scheduler.numbers_of("0,3-5,9") == [0, 3, 4, 5, 9]
+    assert scheduler.numbers_of("1,10-15:2,2...") == [1, 10, 12, 14]
+
+
 def test_a_job_inherits_nothing_of_the_job_in_which_it_is_submitted(program, monkeypatch):
     for name in ("ARRAY_JOB_ID", "RESTART_COUNT", "NTASKS_PER_NODE", "CONF", "CLUSTERS", "JWT"):
         monkeypatch.setenv(f"SLURM_{name}", name)
     monkeypatch.setenv("SRUN_CPUS_PER_TASK", "8")
     monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
-    kept = {"SLURM_CONF=CONF", "SLURM_CLUSTERS=CLUSTERS", "SLURM_JWT=JWT", "SLURM_TIME_FORMAT=standard"}
+    kept = {"SLURM_CONF=CONF", "SLURM_JWT=JWT", "SLURM_TIME_FORMAT=standard"}
     for name in ("sbatch", "scontrol"):
         program(name, "env | grep -E '^(SLURM|SRUN|WORD)'")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
@@ -136,9 +220,23 @@ def test_a_cluster_tells_its_name_and_what_time_it_is_there(program, monkeypatch
     monkeypatch.delenv("SLURM_CLUSTER_NAME", raising=False)
     program("scontrol", "echo 'Configuration data as of 2026-11-22T20:00:10\nClusterName             = alps'")
     assert scheduler.cluster() == "alps"
-    assert scheduler.clock() == datetime(2026, 11, 22, 20, 0, 10).timestamp()
+    assert scheduler.clock() == 1795377610
     program("scontrol", "exit 1")
     assert scheduler.cluster() == "alps"  # asked once
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "andes")  # in a job that is known
     assert scheduler.cluster() == "andes"
     scheduler._cluster.cache_clear()
+
+
+def test_times_are_right_in_the_hour_that_comes_twice(program, monkeypatch):
+    monkeypatch.setenv("TZ", TWICE)
+    time.tzset()
+    told = f"$(date -d @{SECOND_TIME} +%FT%T)"
+    program("scontrol", f'echo "Configuration data as of {told}"; echo "JobId=7 EndTime={told}"')
+    try:
+        assert scheduler.clock() == SECOND_TIME
+        program("scontrol", f'echo "JobId=7 EndTime={told}"')
+        assert scheduler.time_of(scheduler.show("7")["EndTime"]) == SECOND_TIME
+    finally:
+        monkeypatch.undo()
+        time.tzset()

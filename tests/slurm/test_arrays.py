@@ -83,7 +83,7 @@ def test_no_more_elements_run_at_once_than_was_said(cluster, tmp_path):
 
 
 def test_an_array_is_no_larger_than_the_cluster_takes(new_cluster, tiny_tokens, tmp_path):
-    small = new_cluster("--nodes", "1", "--max-array", "3")
+    small = new_cluster("--nodes", "1", "--conf", "MaxArraySize=3")
     shutil.copytree(tiny_tokens.parents[1], tmp_path / "artifacts", symlinks=True)
     shutil.rmtree((tmp_path / "artifacts/jobs/tiny/clean").resolve())
     job = Submitted(small, tmp_path / "artifacts")

@@ -121,7 +121,7 @@ def test_a_cut_cable_leaves_processes_alive_that_the_controller_has_given_up(iso
 
 
 def test_two_clusters_run_side_by_side_and_down_leaves_nothing_of_one(cluster, new_cluster, tmp_path):
-    other = new_cluster("--nodes", "2", "--max-array", "5", "--conf", "MinJobAge=77", "--conf", "KillWait=9")
+    other = new_cluster("--nodes", "2", "--conf", "MaxArraySize=5", "--conf", "MinJobAge=77", "--conf", "KillWait=9")
     assert not set(other.nodes) & set(cluster.nodes)
     assert other.run("sbatch", "--array=0-4", "-o", "/dev/null", "--wrap", "sleep 300").returncode == 0
     assert other.run("sbatch", "--array=0-5", "--wrap", "true", check=False).returncode == 1

@@ -20,13 +20,13 @@ HUGE = "10000G"
         ),
         (["run.nodes=8"], r"run\.nodes: wanted 8 nodes, but partition 'main' has 4 \(pretrain, finetune\)"),
         (["run.nodes=8", "run.elastic=5"], r"run\.elastic: wanted 5 nodes, but partition 'main' has 4"),
-        (["run.constraint=h100"], r"run\.constraint: 'h100' is refused: .*Invalid feature specification \(pretrain,"),
+        (["run.constraint=h100"], r"run\.constraint: 'h100', which .*refused: .*Invalid feature .* \(pretrain,"),
         (["run.time=0:30"], r"run\.time: wanted a minute or more, found '0:30'"),
-        (["run.gpus_per_node=2"], r"run\.gpus_per_node: '2' is refused: .*generic resource"),
-        (["run.cpus_per_rank=99"], r"run\.cpus_per_rank: '99' is refused: .*More processors requested than permitted"),
+        (["run.gpus_per_node=2"], r"run\.gpus_per_node: '2', which this task asks for, is refused: .*generic resource"),
+        (["run.cpus_per_rank=99"], r"run\.cpus_per_rank: '99', .*: .*More processors requested than permitted"),
         (
             [f"run.memory_per_node={HUGE}"],
-            r"run\.memory_per_node: '10000G' .*: nodes of 'main' have 64000M \(pretrain, ",
+            r"run\.memory_per_node: '10000G', .*: nodes of 'main' have 64000M \(pretrain, ",
         ),
         (
             ["run.flags=[--hold,--nonsense]"],
@@ -56,7 +56,7 @@ def test_flags_that_are_the_pipelines_own_are_refused_together_and_the_others_ar
     own = ["--output=x", "-ex", "--comment=x", "--export=NONE", "--parsable", "--wait", "--test-only", "-Q", "-V", "-h"]
     own += ["--usage", "--wrap=true", "-J", "--chdir=/", "-N2", "--ntasks-per-node=2", "-n3", "--open-mode=truncate"]
     own += ["--kill-on-invalid-dep=no", "--signal=TERM@9", "--dependency=singleton", "--error=x", "--help", "--version"]
-    own += ["--no-requeue"]
+    own += ["--no-requeue", "--clusters=x", "-Mx", "--partition=low", "-plow", "--time=5", "-t5"]
     allowed = ["--hold", "--exclusive", "--mail-type=END", "--nice=3", "-C", "''"]
     words = ["job=tiny", "run=slurm", f"root={tmp_path / 'root'}", "~tasks.report", "--plan"]
     conf = {"SLURM_CONF": cluster.env["SLURM_CONF"]}
