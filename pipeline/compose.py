@@ -21,10 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from pipeline.code import PACKAGE
 from pipeline.errors import ConfigError, Interrupted, Preempted
-from pipeline.settings import nearest
+from pipeline.settings import decode, nearest
 
-PACKAGE = Path(__file__).resolve().parent
 CONF = next((d for d in (PACKAGE / "conf", PACKAGE.parent / "conf") if d.is_dir()), PACKAGE / "conf")  # wheel, checkout
 
 STOPPED = (Preempted.exit_status, Interrupted.exit_status)
@@ -62,6 +62,7 @@ def compose(arguments: Sequence[str], act: Callable[[dict[str, Any], str | None]
             return
         try:
             data, job = _resolve(config, given.get("job"))
+            _refuse_run_without_kind(data, given.get("run"))
             words = _words(arguments)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 data, job = _name_point(data, job)
@@ -146,6 +147,24 @@ def _resolve(config: DictConfig, file: Path | None) -> tuple[dict[str, Any], str
     if file is not None and job == GIVEN:
         job = file.stem
     return {str(key): value for key, value in data.items()}, job
+
+
+def _refuse_run_without_kind(data: Mapping[str, Any], file: Path | None) -> None:
+    """Refuse settings of `run` that do not say of which kind they are; the other mistakes are named as if for SLURM."""
+    from pipeline.plan import Command
+
+    run = data.get("run")
+    if not isinstance(run, dict) or "kind" in run:
+        return
+    place = file or f"run/{HydraConfig.get().runtime.choices.get('run')}.yaml"
+    problems = [
+        f"run: {place}: does not say whether it is for slurm or local; begin it with 'defaults: [slurm, _self_]'"
+    ]
+    try:
+        decode(Command, {**data, "run": {"kind": "slurm", **run}})
+    except ConfigError as error:
+        problems += error.problems
+    raise ConfigError(*problems)
 
 
 def _file_group(argument: str) -> str | None:

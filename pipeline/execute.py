@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from pipeline.env import STOP_SIGNALS, Share, StopRequest
 from pipeline.errors import ArtifactError, LaunchError
 from pipeline.jobs.evidence import launcher_runs
 from pipeline.jobs.record import TaskRecord, beginning, new_record, read_record, write_record
-from pipeline.jobs.refusals import refuse_elements, refuse_live, under_way
+from pipeline.jobs.refusals import refuse_elements, refuse_live, refuse_working, under_way
 from pipeline.jobs.sharing import deciding
 from pipeline.launch import AnyRun
 from pipeline.launch.claim import live_claim
@@ -50,24 +51,23 @@ def execute(tasks: list[Task], command: Command, job: str | None, report: Callab
 
     with StopRequest().listening(*STOP_SIGNALS, signal.SIGHUP, signal.SIGINT) as stop:
         if job is not None and any(task.done is None for task in tasks):
-            made = [TaskRecord.of(task, task.run) for task in tasks]
+            made = [TaskRecord.of(task, one.run) for task, one in zip(tasks, frozen, strict=True)]
             with beginning(root, job):
-                refuse_running(root, job)
+                refuse_running(root, job, frozen)
                 write_record(root, new_record(job, "local", made, commit()), frozen)
         execute_frozen(root, frozen, job, stop, note)
 
 
-def refuse_running(root: Path, job: str) -> None:
-    """Refuse to start a job anew that is under way. Raises LaunchError with where it is."""
-    try:
+def refuse_running(root: Path, job: str, tasks: Sequence[FrozenTask]) -> None:
+    """Refuse to start a job anew that is under way, or of whose tasks one is. Raises LaunchError with where it is."""
+    with suppress(ArtifactError):  # a new name
         record = read_record(root, job)
-    except ArtifactError:
-        return
-    if launcher_runs(record) and record.pid != os.getpid():  # a sweep runs several jobs of one name
-        raise under_way(root, job, f"process {record.pid} on {record.host}")
-    if record.launcher == "slurm":
-        with suppress(NoSlurm):  # brought here from a cluster
-            refuse_live(root, job)
+        if launcher_runs(record) and record.pid != os.getpid():  # a sweep runs several jobs of one name
+            raise under_way(root, job, f"process {record.pid} on {record.host}")
+        if record.launcher == "slurm":
+            with suppress(NoSlurm):  # brought here from a cluster
+                refuse_live(root, job)
+    refuse_working([task for task in tasks if not (Path(task.directory) / MANIFEST).exists()])
 
 
 def execute_frozen(
@@ -130,7 +130,7 @@ def begin(task: FrozenTask) -> bool:
         if (directory / MANIFEST).exists():  # another run has made it meanwhile
             return False
         refuse_elements(directory)
-        if (claim := live_claim(directory)) is not None and claim.slurm != os.environ.get("SLURM_JOB_ID"):
+        if (claim := live_claim(directory)) is not None:
             raise LaunchError(f"{directory}: SLURM job {claim.slurm} of {claim.job} is to work in it; cancel it first")
         clear(directory)
         write_json(directory / WORK / "task.json", encode(task))
@@ -176,6 +176,6 @@ def link(root: Path, job: str, task: str, target: Path) -> None:
     if place.is_symlink() and str(place.readlink()) == relative:
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    temporary = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
     temporary.symlink_to(relative)
     temporary.replace(place)

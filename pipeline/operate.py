@@ -1,14 +1,14 @@
 """What a person sees: the settings of a stage, the plan before a job, the table after it; and artifacts by name."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.artifact import Artifact
+from pipeline.artifact import Artifact, Manifest
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.jobs.record import JobRecord
 from pipeline.jobs.words import say
@@ -19,7 +19,7 @@ from pipeline.progress import clock, terminal_width
 from pipeline.remote import is_url, open_anywhere
 from pipeline.settings import choices_of, nearest
 from pipeline.stage import Stage
-from pipeline.stages import AnyStage
+from pipeline.stages import AnyStage, headline
 from pipeline.stages.imported import open_input
 from pipeline.worker import FrozenTask
 
@@ -37,7 +37,7 @@ def find_artifact(name: str, root: Path, *kinds: str, whole: bool = True) -> Art
     if is_url(name) or Path(name).exists() or not job or "/" in name:
         return open_input(name, root, *kinds, whole=whole)
     for directory, wanted, noun in ((root / "jobs", job, "job"), (root / "jobs" / job, task, "task")):
-        known = [entry.name for entry in directory.iterdir() if entry.suffix != ".json"] if directory.is_dir() else []
+        known = [entry.name for entry in directory.iterdir() if not entry.is_file()] if directory.is_dir() else []
         if wanted not in known:
             raise ArtifactError(f"{name}: no {noun} called '{wanted}' has run in {directory}{nearest(wanted, known)}")
     return open_anywhere(str(root / "jobs" / job / task), root, *kinds, whole=whole)
@@ -137,19 +137,12 @@ def made_line(name: str, stage: Stage, made: Artifact) -> str:
 
 def print_end(tasks: list[Task], ran: list[str], command: Command, job: str | None) -> None:
     """Print what every finished task made, and where the results that people open are."""
-    table = _table("task", "made", "seconds", "result", "")
+    print_made({task.name: task.done.manifest if task.done else None for task in tasks}, ran)
     results = []
     for task in tasks:
-        if task.done is None:
-            table.add_row(task.name, "", "", "", "not done")
-            continue
-        amount, number = task.stage.headline(task.done.stats)
-        state = "" if task.name in ran else "done before"
-        table.add_row(task.name, amount, f"{task.done.manifest.made.seconds:.1f}", number, state)
-        if task.stage.result is not None:
+        if task.done is not None and task.stage.result is not None:
             path = Path(command.root) / "jobs" / job / task.name if job else task.done.path
             results.append((task.name, path / task.stage.result))
-    _print(table)
     if not ran:
         _print("nothing to run: all was made before (run.* and tracker say how, not what; a changed setting reruns)")
     if command.stage is not None and tasks[0].done is not None:
@@ -159,6 +152,19 @@ def print_end(tasks: list[Task], ran: list[str], command: Command, job: str | No
         results = results or [(tasks[0].name, tasks[0].done.path)]
     for name, path in results:
         _print(f"{name}: {path}")
+
+
+def print_made(made: Mapping[str, Manifest | None], ran: Collection[str]) -> None:
+    """Print what each task made; null is one that is not done. Those of `ran` were made just now."""
+    table = _table("task", "made", "seconds", "result", "")
+    for name, manifest in made.items():
+        if manifest is None:
+            table.add_row(name, "", "", "", "not done")
+        else:
+            amount, number = headline(manifest)
+            state = "" if name in ran else "done before"
+            table.add_row(name, amount, f"{manifest.made.seconds:.1f}", number, state)
+    _print(table)
 
 
 def _table(*headings: str) -> Table:

@@ -14,15 +14,18 @@ from pipeline.artifact import MANIFEST, WORK, write_json
 from pipeline.env import Share, StopRequest
 from pipeline.errors import ArtifactError, ConfigError, LaunchError, Lost, PipelineError, Preempted
 from pipeline.launch import local, srun
-from pipeline.launch.lock import LOCK, STALE_S, begin_attempt, forget_tries, idle_tries, locked, place, slurm_job
+from pipeline.launch.lock import LOCK, STALE_S, locked, place, slurm_job
+from pipeline.launch.output import last_error
 from pipeline.launch.slurm import Slurm
+from pipeline.launch.tries import begin_attempt, first_began, forget_tries, idle_tries, note_try
 from pipeline.plan import identify_sources
 from pipeline.progress import tell
 from pipeline.stage import ATTEMPT_FILE, CHECKPOINTS, PROGRESS, SCRATCH
 from pipeline.worker import FrozenTask, publish, read_task
 
-RESULT = "result"  # in work/: how the last try ended
+RESULT, PREVIOUS = "result", "previous"  # in work/: how the newest try ended, and the one before
 WANTED = "wanted"  # in work/: JOB.TASK of every job that this is a task of
+LAST = "; the last time: "
 PUBLISHED_LOCK = "lock-publish"
 
 
@@ -45,46 +48,58 @@ def perform(task: FrozenTask, share: Share, stop: StopRequest, anew: bool = True
     directory = Path(task.directory)
     own = "" if share.is_all else f"-{share.first:05d}"
     patience_s = 2 * STALE_S if slurm_job() else 0.0
-    try:
-        with locked(directory, LOCK + own, patience_s) as lock:
-            if anew and not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
-                forget_tries(directory)
-            if not (directory / MANIFEST).exists():
-                _check_world(directory, share)
-                _run_ranks(task, share, own, lock, stop)
-                leave_result(directory, own, None)
-                if share.is_all:
-                    _publish(task)
-        if not share.is_all:
-            with locked(directory, PUBLISHED_LOCK, float("inf")):  # which who is gone does not hold
-                if not (directory / MANIFEST).exists() and _have_ended(directory, share.world):
-                    _check_world(directory, share)
-                    _publish(task)
-    except Replaced:
-        raise
-    except PipelineError as error:
-        leave_result(directory, own, error)
-        raise
+    with locked(directory, LOCK + own, patience_s) as lock:
+        if anew and not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+            forget_tries(directory)
+        if (directory / MANIFEST).exists():
+            return
+        try:
+            _check_world(directory, share)
+            _run_ranks(task, share, own, lock, stop)
+            leave_result(directory, own, None)
+            if share.is_all:
+                _publish(task)
+            else:
+                _publish_if_last(task, share)
+        except Replaced:
+            raise
+        except PipelineError as error:
+            leave_result(directory, own, error)
+            raise
+
+
+def _publish_if_last(task: FrozenTask, share: Share) -> None:
+    """Publish once all elements of an array have ended; the last of them does."""
+    directory = Path(task.directory)
+    with locked(directory, PUBLISHED_LOCK, float("inf")):  # which who is gone does not hold
+        if not (directory / MANIFEST).exists() and _have_ended(directory, share.world):
+            _check_world(directory, share)
+            _publish(task)
 
 
 def _run_ranks(task: FrozenTask, share: Share, own: str, lock: int, stop: StopRequest) -> None:
     directory = Path(task.directory)
     if not share.is_all and (directory / WORK / "ranks" / f"{share.first:05d}.json").exists():
         return None  # this element had ended before
-    error: PipelineError | None = None
+    set_aside_result(directory, own)
+    _refuse_idle(task, own, last_problem(directory, own))
     while True:
-        idle = idle_tries(directory, own)
-        if idle >= task.run.tries:
-            last = error or last_problem(directory, own)
-            raise LaunchError(f"{directory}: begun {idle} times without any progress; the last time: {last}")
-        if error is not None:
-            tell(f"{task.name}: {error}\n{task.name}: begun again")
+        note_try(directory, own)
         try:
             return _try(task, share, own, lock, stop)
-        except (Lost, Preempted) as problem:
+        except (Lost, Preempted) as error:
+            if isinstance(error, Lost) and not stop and task.run.tries > 1:
+                _refuse_idle(task, own, str(error))
             if stop or isinstance(task.run, Slurm) or task.run.tries == 1:
                 raise  # SLURM begins it again, where it can be on other machines
-            error = problem
+            tell(f"{task.name}: {error}\n{task.name}: begun again")
+
+
+def _refuse_idle(task: FrozenTask, own: str, last: str) -> None:
+    """Give up a task that was begun so often without any progress. Raises LaunchError with what happened last."""
+    if (idle := idle_tries(Path(task.directory), own)) >= task.run.tries:
+        last = last.rpartition(LAST)[2]  # it may have been given up before
+        raise LaunchError(f"{task.directory}: begun {idle} times without any progress{LAST}{last}")
 
 
 def _try(task: FrozenTask, share: Share, own: str, lock: int, stop: StopRequest) -> None:
@@ -158,9 +173,7 @@ def _have_ended(directory: Path, world: int) -> bool:
 
 
 def _publish(task: FrozenTask) -> None:
-    directory = Path(task.directory)
-    began = min(path.stat().st_mtime for path in (directory / WORK).glob(f"{ATTEMPT_FILE}*") if path.suffix != ".tmp")
-    publish(task, time.time() - began, task.run.ranks)
+    publish(task, time.time() - first_began(Path(task.directory)), task.run.ranks)
 
 
 def leave_result(directory: Path, own: str, error: PipelineError | None) -> None:
@@ -182,10 +195,27 @@ def outcome(status: int, problems: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def read_result(directory: Path, own: str = "") -> Mapping[str, Any] | None:
+def set_aside_result(directory: Path, own: str) -> None:
+    """Keep under another name how the last try ended, so that what is there from now on is of the one that begins.
+
+    Of one that left nothing it is said what the log of its SLURM job tells. On a full disk a file can still be renamed.
+    """
+    result, previous = (directory / WORK / f"{name}{own}.json" for name in (RESULT, PREVIOUS))
+    try:
+        result.replace(previous)
+    except FileNotFoundError:
+        previous.unlink(missing_ok=True)
+        attempt, task = directory / WORK / f"{ATTEMPT_FILE}{own}", directory / WORK / "task.json"
+        with suppress(OSError, ArtifactError):
+            if attempt.stat().st_mtime >= task.stat().st_mtime:  # else it is of a start before this one
+                why = last_error(directory / "logs" / f"job{own}.log") or "it ended without a word"
+                write_json(previous, outcome(LaunchError.exit_status, [why]))
+
+
+def read_result(directory: Path, own: str = "", name: str = RESULT) -> Mapping[str, Any] | None:
     """Return what `leave_result` left of a task, or of an element of its array ("-00003"); null if nothing of use."""
     try:
-        result = json.loads((directory / WORK / f"{RESULT}{own}.json").read_text("utf-8"))
+        result = json.loads((directory / WORK / f"{name}{own}.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
     kinds = {"status": int, "problems": list, "time": str}
@@ -195,7 +225,7 @@ def read_result(directory: Path, own: str = "") -> Mapping[str, Any] | None:
 
 def last_problem(directory: Path, own: str) -> str:
     """Return what went wrong at the last try that left a word."""
-    result = read_result(directory, own)
+    result = read_result(directory, own, PREVIOUS)
     return "; ".join(result["problems"]) if result and result["problems"] else "it left no reason; see its logs"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.artifact import MANIFEST, WORK, write_json
 from pipeline.errors import ArtifactError, ConfigError, LaunchError, PipelineError
-from pipeline.jobs.words import find, parse
+from pipeline.jobs.words import expand, find, parse
 from pipeline.launch.lock import read_owner
 from pipeline.perform import read_result
 from pipeline.settings import encode
@@ -54,7 +54,7 @@ def _places(root: Path, names: Sequence[str]) -> Iterator[Path]:
     """Yield the directories of the tasks that are named, or of all."""
     if not names:
         yield from (path.parent.parent for path in sorted(root.glob(f"*/*/{WORK}/task.json")))
-    for name in names:
+    for name in expand(root, names):
         if (Path(name) / WORK / "task.json").is_file():
             yield Path(name)
             continue

@@ -17,7 +17,7 @@ LAYERS = [  # from the top; modules of one layer may import one another, but for
     {"training", "report"},
     {"text", "models", "parallel"},
     {"stage", "track"},
-    {"artifact", "env", "progress", "proof", "remote"},
+    {"artifact", "code", "env", "progress", "proof", "remote"},
     {"settings"},
     {"errors"},
 ]

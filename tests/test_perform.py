@@ -1,6 +1,7 @@
 """What an element of an array may do once its task was begun anew with other ranks. (The rest: tests/slurm.)"""
 
 import json
+import os
 import threading
 
 import pytest
@@ -8,12 +9,15 @@ import pytest
 from pipeline import execute
 from pipeline.artifact import write_json
 from pipeline.env import Share, StopRequest
-from pipeline.errors import ArtifactError, LaunchError
-from pipeline.execute import begin, execute_frozen
+from pipeline.errors import ArtifactError, LaunchError, Lost
+from pipeline.execute import begin, execute_frozen, refuse_running
+from pipeline.jobs.record import read_record
 from pipeline.launch import lock as locks
 from pipeline.launch.lock import locked
 from pipeline.launch.slurm import Slurm
-from pipeline.perform import Replaced, perform, read_result
+from pipeline.launch.tries import begin_attempt
+from pipeline.perform import Replaced, leave_result, perform, read_result, set_aside_result
+from pipeline.plan import Command, plan
 from pipeline.settings import decode, encode
 from pipeline.worker import FrozenTask
 
@@ -63,6 +67,70 @@ def test_a_task_is_not_begun_anew_under_elements_that_work_at_it(task, work, loc
     assert begin(fewer)
     assert not list((work / "ranks").iterdir())
     assert json.loads((work / "task.json").read_text())["run"]["ranks"] == 1
+
+
+def test_a_task_that_gets_nowhere_has_failed_when_its_last_try_ends(task, work, monkeypatch):
+    tries = iter(range(1, 9))
+
+    def lose(*_):
+        begin_attempt(work.parent)
+        raise Lost(f"n{next(tries)} is gone")
+
+    monkeypatch.setattr("pipeline.perform._try", lose)
+    everything = Share(world=2, first=0, count=2)
+    assert begin(task)
+    for number in (1, 2):
+        with pytest.raises(Lost, match=f"^n{number} is gone$"):
+            perform(task, everything, StopRequest(), anew=False)
+        assert read_result(work.parent)["problems"] == [f"n{number} is gone"]
+    assert read_result(work.parent, name="previous")["problems"] == ["n1 is gone"]
+    for _ in range(2):  # as somebody requeues it, another time
+        with pytest.raises(
+            LaunchError, match=r"begun 3 times without any progress; the last time: n3 is gone$"
+        ) as caught:
+            perform(task, everything, StopRequest(), anew=False)
+        assert type(caught.value) is LaunchError
+
+
+def test_how_a_try_ended_that_left_no_word_is_read_from_its_log(task, work):
+    assert begin(task)
+    assert begin_attempt(work.parent) == 1
+    set_aside_result(work.parent, "")
+    assert read_result(work.parent, name="previous")["problems"] == ["it ended without a word"]
+    (work.parent / "logs").mkdir()
+    (work.parent / "logs/job.log").write_text("--- try 1 ---\nsrun: error: Node failure on n2\n")
+    set_aside_result(work.parent, "")
+    assert read_result(work.parent, name="previous")["problems"] == ["node n2 failed"]
+    leave_result(work.parent, "", LaunchError("x"))
+    set_aside_result(work.parent, "")
+    assert read_result(work.parent, name="previous")["problems"] == ["x"]
+    assert read_result(work.parent) is None
+    os.utime(work / "attempt", (5, 5))  # of a start before this one
+    set_aside_result(work.parent, "")
+    assert read_result(work.parent, name="previous") is None
+
+
+def test_who_is_kept_out_leaves_no_result(task, work):
+    assert begin(task)
+    with locked(work.parent), pytest.raises(LaunchError, match="is working in it"):
+        perform(task, Share(world=2, first=0, count=2), StopRequest())
+    assert not list(work.glob("result*"))
+
+
+def test_the_record_has_the_ranks_that_an_allocation_gives(tmp_path, monkeypatch):
+    stage = {"kind": "shard", "sources": [{"path": "tests/data/mini.jsonl"}]}
+    command = decode(Command, {"root": str(tmp_path), "stage": stage, "run": {"kind": "slurm"}})
+    monkeypatch.setattr(execute, "allocated", lambda run, stage: run.model_copy(update={"ranks": 3}))
+    monkeypatch.setattr(execute, "execute_frozen", lambda *_: None)
+    execute.execute(plan(command, None), command, "night", lambda task: None)
+    assert [one.ranks for one in read_record(tmp_path, "night").tasks] == [3]
+
+
+def test_a_job_whose_task_somebody_works_at_is_refused_before_it_is_noted(task, work, tmp_path):
+    assert begin(task)
+    with locked(work.parent), pytest.raises(LaunchError, match="is working in it"):
+        refuse_running(tmp_path, "new", [task])
+    refuse_running(tmp_path, "new", [task])
 
 
 def test_a_task_that_has_no_room_leaves_that_as_its_result(task, work, tmp_path, monkeypatch):

@@ -152,10 +152,13 @@ def test_words_that_say_nothing(arguments, message):
 
 def test_names_of_jobs_and_tasks(root, tmp_path, monkeypatch):
     assert find_artifact("news.clean", root).manifest.name == "clean"
+    (root / "jobs/news/job.lock").touch()
     with pytest.raises(ArtifactError, match=r"new.clean: no job called 'new' has run in .*; did you mean 'news'\?"):
         find_artifact("new.clean", root)
     with pytest.raises(ArtifactError, match=r"no task called 'claen' has run in .*/jobs/news; did you mean 'clean'\?"):
         find_artifact("news.claen", root)
+    with pytest.raises(ArtifactError, match=r"no task called 'x' has run in .*/jobs/news; there is clean, shard$"):
+        find_artifact("news.x", root)
     with pytest.raises(ArtifactError, match=r"wanted an artifact of kind model, found one of kind 'corpus'"):
         find_artifact("news.clean", root, "model")
     monkeypatch.chdir(tmp_path)

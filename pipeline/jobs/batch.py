@@ -1,16 +1,13 @@
-"""What sbatch is told for each task of a job: its words, the variables beside them, and where the code is kept."""
+"""What sbatch is told for each task of a job: its words, and the variables beside them."""
 
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.code import PACKAGE
 from pipeline.errors import LaunchError
 from pipeline.jobs.record import JobRecord
-from pipeline.launch.local import PACKAGE
 from pipeline.launch.slurm import Slurm, is_array, sbatch_flags
-from pipeline.probe import NOT_CODE, code_digest
 from pipeline.worker import FrozenTask
 
 SCRIPT = next((p for p in (PACKAGE / "slurm/stage.sbatch", PACKAGE.parent / "slurm/stage.sbatch") if p.is_file()), None)
@@ -91,21 +88,3 @@ def script() -> Path:
 def _run(task: FrozenTask) -> Slurm:
     assert isinstance(task.run, Slurm)
     return task.run
-
-
-def code_place(root: Path) -> Path:
-    """Return where the code that runs now is kept for jobs of this root: `<root>/code/<hash>`."""
-    return (root / "code" / code_digest(PACKAGE)).absolute()
-
-
-def keep_code(root: Path) -> Path:
-    """Copy the code that runs now to where no edit reaches it; return that directory."""
-    kept = code_place(root)
-    if not kept.exists():
-        temporary = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
-        shutil.copytree(PACKAGE, temporary / PACKAGE.name, ignore=shutil.ignore_patterns(*NOT_CODE))
-        try:
-            temporary.rename(kept)
-        except OSError:  # another submission was faster
-            shutil.rmtree(temporary)
-    return kept

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +15,13 @@ from pipeline.artifact import MANIFEST, WORK
 from pipeline.jobs.record import JobRecord, TaskRecord
 from pipeline.launch.claim import Claim, read_claim
 from pipeline.launch.lock import LOCK, STALE_S, read_owner
-from pipeline.launch.output import newest_try, tail
-from pipeline.perform import read_result
+from pipeline.launch.output import last_error, tail
+from pipeline.perform import PREVIOUS, RESULT, read_result
 from pipeline.stage import ATTEMPT_FILE, PROGRESS
 from pipeline.track import METRICS
 
+SILENT_S, SILENT_STEPS = 30.0, 10  # a training is silent after that time, and that of so many steps
 CLOCK_S = 5.0  # by which clocks may differ
-ERROR = re.compile(r"^(?:\S+: )?(?:error: .*|\w*(?:Error|Exception): .*|slurmstepd: .*)$")
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Marks:
 
     Attributes:
         status: With which exit status it ended; null if it left none.
-        problem: Why it ended so, or what an earlier try since it was submitted ended with.
+        problem: Why it ended so; while it has not, what the try before it ended with since it was submitted.
         began: Whether it has begun since it was submitted.
         tries: How often it has begun, as its logs count; 0 if it has not since it was submitted.
         owner: Who works on it, judged by the lock alone.
@@ -62,6 +61,7 @@ class Pace:
         loss: Of the last step.
         tokens_per_s: Of the last step.
         left_s: Seconds that the rest takes at the pace of the last steps, or of the slowest rank.
+        silent_s: Seconds since the last step, where that is long for the pace of those before.
     """
 
     done: int | None = None
@@ -71,6 +71,7 @@ class Pace:
     loss: float | None = None
     tokens_per_s: float | None = None
     left_s: float | None = None
+    silent_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,14 @@ def read_evidence(directory: Path, task: TaskRecord) -> Evidence:
 
 def _read_marks(directory: Path, part: str) -> Marks:
     work = directory / WORK
-    submitted, began = _mtime(work / "task.json"), _mtime(work / f"{ATTEMPT_FILE}{part}")
-    ended = _mtime(work / f"result{part}.json")
-    result = read_result(directory, part)
-    has_begun = began is not None and began >= (submitted or 0.0)
-    is_current = result is not None and ended is not None and ended >= max(submitted or 0.0, began or 0.0)
+    submitted, began = _mtime(work / "task.json") or 0.0, _mtime(work / f"{ATTEMPT_FILE}{part}")
+    has_begun = began is not None and began >= submitted
+    result = _result_since(max(submitted, began or 0.0), directory, part, RESULT)
+    told = result or _result_since(submitted, directory, part, PREVIOUS)
     owner = _live_owner(directory, LOCK + part)
     return Marks(
-        status=result["status"] if result and is_current else None,
-        problem=result["problems"][0] if result and result["problems"] and (ended or 0) >= (submitted or 0) else "",
+        status=result["status"] if result else None,
+        problem=told["problems"][0] if told and told["problems"] else "",
         began=has_begun,
         tries=_number(work / f"{ATTEMPT_FILE}{part}") if has_begun else 0,
         owner=str(owner["words"]) if owner else None,
@@ -124,6 +124,12 @@ def _read_marks(directory: Path, part: str) -> Marks:
         has_ended=bool(part) and (work / "ranks" / f"{part[1:]}.json").exists(),
         log_error=last_error(directory / "logs" / f"job{part}.log"),
     )
+
+
+def _result_since(since: float, directory: Path, part: str, name: str) -> Mapping[str, Any] | None:
+    """Return how a try ended that did so at this time or later, in seconds since the epoch."""
+    ended = _mtime(directory / WORK / f"{name}{part}.json")
+    return read_result(directory, part, name) if ended is not None and ended >= since else None
 
 
 def _live_owner(directory: Path, lock: str) -> Mapping[str, Any] | None:
@@ -182,12 +188,6 @@ def rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
                 yield row
 
 
-def last_error(log: Path) -> str:
-    """Return the last line of a log that tells of an error of the newest try."""
-    lines = newest_try(log, 8192)
-    return next((line.strip().removeprefix("error: ") for line in reversed(lines) if ERROR.match(line.strip())), "")
-
-
 def read_pace(directory: Path, task: TaskRecord) -> Pace:
     """Return how far a task is: from the rows of a training's steps, else from the notes of its ranks."""
     work = directory / WORK
@@ -222,9 +222,10 @@ def _pace_of_notes(notes: Sequence[Mapping[str, Any]], task: TaskRecord) -> Pace
     if len(alike) < (task.ranks if task.is_array else 1):
         return Pace(done, None, noun)
     now = time.time()
-    left = [note["left_s"] for note in alike if note["done"] < note["total"]]
-    slowest = None if None in left else max((note["left_s"] - (now - note["time"]) for note in alike), default=0.0)
-    left_s = None if slowest is None else max(0.0, slowest)  # the notes of a long unit are old
+    left = [note for note in alike if note["done"] < note["total"]]
+    left_s = None
+    if all(note["left_s"] is not None for note in left):  # the notes of a long unit are old
+        left_s = max((max(0.0, note["left_s"] - (now - note["time"])) for note in left), default=0.0)
     return Pace(done, round(sum(note["total"] for note in alike)), noun, left_s=left_s)
 
 
@@ -232,10 +233,13 @@ def _pace_of_steps(rows: list[Mapping[str, Any]], total: int, began: float) -> P
     last = rows[-1]
     recent = [row for row in rows if row["time"] >= began and row["step"] <= last["step"]] or [last]
     steps, seconds = last["step"] - recent[0]["step"], last["time"] - recent[0]["time"]
-    left_s = None
-    if steps > 0:
-        left_s = max(0.0, (total - last["step"]) * seconds / steps - max(0.0, time.time() - last["time"]))
-    return Pace(last["step"], total, "steps", 0, _newest(rows, "loss"), _newest(rows, "tokens_per_s"), left_s)
+    pace = Pace(last["step"], total, "steps", 0, _newest(rows, "loss"), _newest(rows, "tokens_per_s"))
+    if steps <= 0:
+        return pace
+    since_s = max(0.0, time.time() - last["time"])
+    left_s = max(0.0, (total - last["step"]) * seconds / steps - since_s)
+    is_silent = since_s > max(SILENT_S, SILENT_STEPS * seconds / steps)
+    return replace(pace, left_s=left_s, silent_s=since_s if is_silent else None)
 
 
 def _newest(rows: list[Mapping[str, Any]], name: str) -> float | None:

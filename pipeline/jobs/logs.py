@@ -3,8 +3,8 @@
 Rank 0 unless another is named; of an array of which an element has failed, that one. What the newest try has printed,
 unless --lines says how many of the last lines, of whichever tries. --follow prints what comes, through every requeue,
 until the task is over. --job shows the log of the SLURM job instead, in which is why it began or ended; it is shown too
-where the rank has printed nothing, and that of the preflight where this has failed. A task that has not ended well is
-the last line.
+where the rank has printed nothing, and that of the preflight where this has failed. The last line is how the task is,
+and why: what it has made, what it waits for, how it or its last try ended.
 """
 
 import os
@@ -16,10 +16,10 @@ from pathlib import Path
 
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.jobs.look import look
+from pipeline.jobs.notes import reason, why_waiting
 from pipeline.jobs.record import read_record
 from pipeline.jobs.states import DONE, FAILED, LOST, NEVER, RUNNING, TaskStatus, predicate
-from pipeline.jobs.status import describe, note
-from pipeline.jobs.words import find_task, parse
+from pipeline.jobs.words import expand, find_task, parse
 from pipeline.launch.output import TRY, newest_try, rank_log
 
 FLAGS = {"--rank": int, "--job": bool, "--follow": bool, "--lines": int}
@@ -37,7 +37,9 @@ def logs(arguments: Sequence[str]) -> int:
         ArtifactError: If there is no such job or task, or it has no log.
     """
     words = parse("logs", arguments, "JOB.TASK", FLAGS)
-    name, lines = words.names[0], words.flags.get("--lines")
+    lines, (name, *others) = words.flags.get("--lines"), expand(words.root, words.names)
+    if others:
+        raise ConfigError(f"logs: {words.names[0]}: there are several; say which: {', '.join((name, *others))}")
     record, task = find_task(words.root, name)
     if (rank := words.flags.get("--rank")) is None:
         rank = (_state(words.root, record.name, task.name).element or 0) if task.is_array else 0
@@ -62,7 +64,7 @@ def logs(arguments: Sequence[str]) -> int:
         other = directory / "logs/preflight.log" if is_refused else job_log
         what = f"{name}: {'its SLURM job' if log == job_log else f'rank {rank}'}"
         _print_instead(log, what, other, lines, state)
-    if is_bare or (state.is_over and state.state != DONE):
+    if is_bare or reason(state) or state.state not in (DONE, RUNNING):
         print(f"{name} {_how(state)}", file=sys.stderr)
     return 0
 
@@ -138,9 +140,9 @@ def _follow(root: Path, job: str, task: str, reader: Reader) -> TaskStatus:
         if time.monotonic() - looked > LOOK_S:
             looked = time.monotonic()
             state = _state(root, job, task)
-            if not state.is_over and state.state != RUNNING and describe(state) != said:
-                said = describe(state)
-                print(f"{job}.{task}: {said}", file=sys.stderr, flush=True)
+            if not state.is_over and state.state != RUNNING and _how(state) != said:
+                said = _how(state)
+                print(f"{job}.{task} {said}", file=sys.stderr, flush=True)
             if state.is_over:  # read once more after that: it may have had last words
                 reader.print_new()
                 return state
@@ -163,6 +165,8 @@ def _print_instead(log: Path, what: str, other: Path, lines: int | None, state: 
         ArtifactError: If neither has anything.
     """
     nothing = "" if newest_try(log) else f"{what} has printed nothing{' in this try' * log.is_file()}"
+    if not log.is_file() and (state.state == DONE or (state.is_over and state.tries)):  # somebody has deleted it
+        nothing = f"{log} is not there"
     if newest_try(other):
         print(f"{nothing}{'; ' * bool(nothing)}{other}:", file=sys.stderr, flush=True)
         Reader(other, lines).print_new()
@@ -175,5 +179,6 @@ def _print_instead(log: Path, what: str, other: Path, lines: int | None, state: 
 def _how(state: TaskStatus) -> str:
     """Return how a task is or has ended, where, and why."""
     place = " on ".join(filter(None, [f"SLURM job {state.job_id}" if state.job_id else "", state.nodes]))
-    why = note(state)
-    return f"{predicate(state.state)}{f' ({place})' * bool(place)}{f': {why}' * bool(why)}"
+    why = reason(state)
+    how = f"{predicate(state.state)}{why_waiting(state)}"
+    return f"{how}{f' ({place})' * bool(place and not why_waiting(state))}{f': {why}' * bool(why)}"

@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +40,7 @@ class TaskRecord(Settings):
         slurm: Id of its SLURM job; null before it was submitted, where it was done already, or without SLURM.
         preflight: Id of the SLURM job that tries its nodes first.
         shared_with: The job that submitted it, where another one did.
+        cancelled: When `cancel` ended it, or no longer waited for what another job submitted; in UTC.
     """
 
     name: str
@@ -52,6 +53,7 @@ class TaskRecord(Settings):
     slurm: str | None = None
     preflight: str | None = None
     shared_with: str | None = None
+    cancelled: str | None = None
 
     @classmethod
     def of(cls, task: Task, run: AnyRun) -> "TaskRecord":
@@ -142,6 +144,14 @@ def write_record(root: Path, record: JobRecord, tasks: Sequence[FrozenTask]) -> 
     write_json(directory / RECORD, encode(record))
 
 
+def mark_cancelled(root: Path, name: str, tasks: Collection[str]) -> None:
+    """Note in the record of a job that `cancel` has ended these tasks of it: SLURM forgets that in minutes."""
+    with beginning(root, name):
+        record = read_record(root, name)
+        marked = [task.model_copy(update={"cancelled": now()}) if task.name in tasks else task for task in record.tasks]
+        write_json(root / "jobs" / name / RECORD, encode(record.model_copy(update={"tasks": marked})))
+
+
 def read_frozen(root: Path, record: JobRecord) -> list[FrozenTask]:
     """Return the tasks of a job as they were frozen when it was started. Raises ArtifactError if they are not there."""
     path = root / "jobs" / record.name / FROZEN
@@ -153,6 +163,8 @@ def read_frozen(root: Path, record: JobRecord) -> list[FrozenTask]:
     if names != wanted:
         found = ", ".join(names) or "none"
         raise ArtifactError(f"{path}: wanted the tasks {', '.join(wanted)}, found {found}; start the job again")
+    if any(one.fingerprint != other.fingerprint for one, other in zip(tasks, record.tasks, strict=True)):
+        raise ArtifactError(f"{path}: is of another start of the job than {RECORD} beside it; start the job again")
     return [_moved(task, Path(record.directory), root.absolute()) for task in tasks]
 
 

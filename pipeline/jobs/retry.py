@@ -1,13 +1,17 @@
-"""`python -m pipeline retry JOB [root=DIR]`: starts again what of a job did not end well, exactly as it was.
+"""`python -m pipeline retry JOB ... [root=DIR]`: starts again what of jobs did not end well, exactly as it was.
 
 The settings are those of the time when the job was started, whatever its YAML files say now, and on SLURM so is the
 code. What is done is not made again; units of work and checkpoints that are there are continued from.
+
+Several jobs may be named; the name of a sweep stands for its points, NAME-0, NAME-1, … Each is tried, and the exit
+status is that of the first that could not be started again, or that failed this time where it ran without SLURM.
 """
 
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.artifact import MANIFEST, Artifact
@@ -15,10 +19,11 @@ from pipeline.env import STOP_SIGNALS, StopRequest
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.execute import execute_frozen, refuse_running
 from pipeline.jobs.look import look
+from pipeline.jobs.notes import describe, way_out
 from pipeline.jobs.record import JobRecord, beginning, launcher_here, now, read_frozen, read_record, write_record
 from pipeline.jobs.states import RUNNING, JobStatus
 from pipeline.jobs.submit import submit_frozen
-from pipeline.jobs.words import parse, say
+from pipeline.jobs.words import expand, for_each, parse, say, say_again
 from pipeline.launch.local import Local
 from pipeline.operate import made_line
 from pipeline.perform import changed_sources
@@ -37,28 +42,41 @@ def retry(arguments: Sequence[str]) -> int:
         LaunchError: If it is under way, or cannot be started again here.
         PipelineError: For a job without SLURM, why it failed this time.
     """
-    words = parse("retry", arguments, "JOB")
-    root, name = words.root.absolute(), words.names[0]
+    words = parse("retry", arguments, "JOB", most=len(arguments))
+    root = words.root.absolute()
+    return for_each(expand(root, words.names), lambda name: _retry(root, name))
+
+
+def _retry(root: Path, name: str) -> None:
     record = read_record(root, name)
-    found = _look_after_ending(root, record)
+    _refuse(root, _look_after_ending(root, record))
+    tasks, again = read_frozen(root, record), say_again(record, root)
+    with _entered(record):
+        left = [task for task in tasks if not (Path(task.directory) / MANIFEST).exists()]
+        if not left:
+            print(f"{name}: all {len(tasks)} tasks are done; there is nothing to do again")
+            return
+        _check_sources(left, again)
+        if record.launcher == "slurm":
+            fresh = [
+                task.model_copy(update={"slurm": None, "preflight": None, "shared_with": None}) for task in record.tasks
+            ]
+            submit_frozen(root, record.model_copy(update={"tasks": fresh, "submitted": now()}), tasks)
+            return
+        _run_here(root, record, tasks)
+    print(f"{name}: done; {say(f'status {name}', root)} shows it")
+
+
+def _refuse(root: Path, found: JobStatus) -> None:
+    """Refuse to start a job again that is under way, where there is more to say of that than that it is."""
+    record = found.record
+    end = f"end it: {say(f'cancel {record.name}', root)}"
     if record.launcher == "local" and any(task.state == RUNNING for task in found.tasks):
         where = f"process {record.pid} on {record.host}"
-        raise LaunchError(f"{name}: is under way ({where}); wait for it, or end it: {say(f'cancel {name}', root)}")
-    tasks = read_frozen(root, record)
-    _enter(record)
-    left = [task for task in tasks if not (Path(task.directory) / MANIFEST).exists()]
-    if not left:
-        print(f"{name}: all {len(tasks)} tasks are done; there is nothing to do again")
-        return 0
-    _check_sources(left)
-    if record.launcher == "slurm":
-        fresh = [
-            task.model_copy(update={"slurm": None, "preflight": None, "shared_with": None}) for task in record.tasks
-        ]
-        submit_frozen(root, record.model_copy(update={"tasks": fresh, "submitted": now()}), tasks)
-        return 0
-    _run_here(root, record, tasks)
-    return 0
+        raise LaunchError(f"{record.name}: is under way ({where}); wait for it, or {end}")
+    for task in found.tasks:
+        if task.shared_with is None and way_out(task):
+            raise LaunchError(f"{record.name}: {task.name} is {describe(task)}; say that, or {end}")
 
 
 def _look_after_ending(root: Path, record: JobRecord) -> JobStatus:
@@ -74,8 +92,10 @@ def _look_after_ending(root: Path, record: JobRecord) -> JobStatus:
         time.sleep(1)
 
 
-def _enter(record: JobRecord) -> None:
-    """Go to where the job was started, for paths that are relative to that. Raises LaunchError if it is gone."""
+@contextmanager
+def _entered(record: JobRecord) -> Iterator[None]:
+    """Be where the job was started, for paths that are relative to that. Raises LaunchError if it is gone."""
+    here = Path.cwd()
     try:
         os.chdir(record.directory)
     except OSError as error:
@@ -83,13 +103,17 @@ def _enter(record: JobRecord) -> None:
             f"{record.name}: was started in {record.directory}, which cannot be entered ({error.strerror}); start the "
             "job anew"
         ) from None
+    try:
+        yield
+    finally:
+        os.chdir(here)
 
 
-def _check_sources(tasks: Sequence[FrozenTask]) -> None:
+def _check_sources(tasks: Sequence[FrozenTask], again: str) -> None:
     """Refuse raw files that have changed. Raises ConfigError with each setting that names some."""
     problems = [
         f"{setting}: its files have changed since the job was started, so that it would be another job; start that: "
-        f"python -m pipeline job={task.job}"
+        f"{again}"
         for task in tasks
         for setting in changed_sources(task)
     ]
@@ -112,10 +136,9 @@ def _run_here(root: Path, record: JobRecord, tasks: Sequence[FrozenTask]) -> Non
     record = record.model_copy(update={"commit": code, "submitted": now(), **launcher_here()})
     with StopRequest().listening(*STOP_SIGNALS, signal.SIGHUP, signal.SIGINT) as stop:
         with beginning(root, record.name):
-            refuse_running(root, record.name)
+            refuse_running(root, record.name, tasks)
             write_record(root, record, tasks)
         execute_frozen(root, tasks, record.name, stop, _say)
-    print(f"{record.name}: done; {say(f'status {record.name}', root)} shows it")
 
 
 def _say(task: FrozenTask, made: Artifact) -> None:

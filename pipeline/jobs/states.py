@@ -24,7 +24,7 @@ REMOVING = (FAILED, LOST, CANCELLED, STOPPED)  # of what waits for such a task S
 WAITED, SAVED = "waited for ", "state saved"
 STOPS = (Preempted.exit_status, Interrupted.exit_status)
 NEVER_SATISFIED = "DependencyNeverSatisfied"
-ADVICE = re.compile("; (?:the same command continues|the end of )")  # in a problem, before what to do and a log
+BY_SOMEBODY = re.compile(r"CANCELLED AT \S+ \*\*\*")  # in SLURM's words, which else go on "DUE TO …"
 DIED = {  # of SLURM's states
     "TIMEOUT": "its time was over",
     "OUT_OF_MEMORY": "out of memory",
@@ -56,6 +56,7 @@ class TaskStatus:
         ranks_done: Processes of a data task that have ended well, of `ranks`.
         loss, tokens_per_s: Of the last step.
         left_s: Seconds that the rest will take, while it runs.
+        silent_s: Seconds since the last step of a training that runs, where that is long for its pace.
         error: The last error, or why it never started; while it waits or runs, how an earlier try ended.
         exit_status: That of a failed or stopped task; 0 once it is done; null before.
     """
@@ -80,6 +81,7 @@ class TaskStatus:
     loss: float | None = None
     tokens_per_s: float | None = None
     left_s: float | None = None
+    silent_s: float | None = None
     error: str = ""
     exit_status: int | None = None
     directory: str = ""
@@ -160,8 +162,18 @@ def judge(
     judged: dict[str, TaskStatus] = {}
     for task in record.tasks:
         needs = [judged[name] for name in task.needs if name in judged]
-        judged[task.name] = _judge_task(task, evidence[task.name], seen, launcher_runs, needs)
+        status = _judge_task(task, evidence[task.name], seen, launcher_runs, needs)
+        is_cancelled = task.cancelled is not None and task.cancelled > record.submitted
+        judged[task.name] = _cancelled(status) if is_cancelled else status
     return list(judged.values())
+
+
+def _cancelled(status: TaskStatus) -> TaskStatus:
+    """Return how far a task is that `cancel` ended: SLURM forgets that, and others may go on with what is shared."""
+    if status.state in (LOST, STOPPED, NEVER) or (status.shared_with and not status.is_over):
+        error = status.error if status.error.endswith(SAVED) else ""
+        return replace(status, state=CANCELLED, error=error, exit_status=Preempted.exit_status, left_s=None)
+    return status
 
 
 def _judge_task(
@@ -188,25 +200,16 @@ def _judge_task(
     )
     pace = evidence.pace
     if evidence.is_done:
-        return _with_pace(replace(status, ranks_done=task.ranks), replace(pace, left_s=None, ranks=task.ranks))
-    asked, is_blocked = seen is not None or job_id is None, any(need.state != DONE for need in needs)
-    is_removed = task.slurm is not None and any(need.state in REMOVING for need in needs)
-    parts = {}
-    for part in parts_of(task):
-        marks = evidence.marks.get(part, Marks())
-        one = here.get(f"{job_id}_{int(part[1:])}" if part else f"{job_id}")
-        parts[part] = _judge_part(marks, one, asked, launcher_runs, is_blocked)
-        # of an array of which an element was cancelled before it could begin, SLURM shows only the others
-        if parts[part].state == NEVER and (is_removed or (here and one is None and not marks.log_error)):
-            parts[part] = replace(parts[part], state=CANCELLED, exit_status=Preempted.exit_status)
-    whole = _combine(parts)
-    if evidence.is_gone and whole.state not in UNDER_WAY:
-        whole = replace(whole, error=f"its directory is gone: {task.directory}")
-    if whole.state in (NEVER, CANCELLED) and not any(marks.began for marks in evidence.marks.values()):
-        why = _why_never(needs) or (_why_refused(task, evidence) if whole.state == NEVER else "")
-        whole = replace(whole, error=why or whole.error)
+        return _with_pace(
+            replace(status, ranks_done=task.ranks), replace(pace, left_s=None, silent_s=None, ranks=task.ranks)
+        )
+    asked = seen is not None or job_id is None
+    parts = _judge_parts(task, evidence, here, f"{job_id}", asked, launcher_runs, needs)
+    whole = _explained(_combine(parts), task, evidence, needs)
     if whole.state != RUNNING:
-        pace = replace(pace, left_s=None)
+        pace = replace(pace, left_s=None, silent_s=None)
+    elif pace.silent_s is not None:
+        pace = replace(pace, left_s=None, tokens_per_s=None)
     hosts = ",".join(dict.fromkeys(marks.host for marks in evidence.marks.values() if marks.host))
     status = replace(
         status,
@@ -220,6 +223,39 @@ def _judge_task(
         element=_first_bad(parts) if task.is_array else None,
     )
     return _with_pace(status, pace)
+
+
+def _judge_parts(
+    task: TaskRecord,
+    evidence: Evidence,
+    here: Mapping[str, Seen],
+    job_id: str,
+    asked: bool,
+    launcher_runs: bool,
+    needs: Sequence[TaskStatus],
+) -> dict[str, _Judgement]:
+    """Judge each part of a task: the elements of an array, or the one that it is."""
+    is_blocked = any(need.state != DONE for need in needs)
+    is_removed = task.slurm is not None and any(need.state in REMOVING for need in needs)
+    parts = {}
+    for part in parts_of(task):
+        marks = evidence.marks.get(part, Marks())
+        one = here.get(f"{job_id}_{int(part[1:])}" if part else job_id)
+        parts[part] = _judge_part(marks, one, asked, launcher_runs, is_blocked)
+        # of an array of which an element was cancelled before it could begin, SLURM shows only the others
+        if parts[part].state == NEVER and (is_removed or (here and one is None and not marks.log_error)):
+            parts[part] = replace(parts[part], state=CANCELLED, exit_status=Preempted.exit_status)
+    return parts
+
+
+def _explained(whole: _Judgement, task: TaskRecord, evidence: Evidence, needs: Sequence[TaskStatus]) -> _Judgement:
+    """Return a judgement with the reason that lies outside of the task: its directory, what it needs, its nodes."""
+    if evidence.is_gone and whole.state not in UNDER_WAY:
+        whole = replace(whole, error=f"its directory is gone: {task.directory}")
+    if whole.state in (NEVER, CANCELLED) and not any(marks.began for marks in evidence.marks.values()):
+        why = _why_never(needs) or (_why_refused(task, evidence) if whole.state == NEVER else "")
+        return replace(whole, error=why or whole.error)
+    return whole
 
 
 def _waits_for(task: TaskRecord, needs: Sequence[TaskStatus], whole: _Judgement) -> list[str]:
@@ -250,15 +286,18 @@ def _judge_part(marks: Marks, seen: Seen | None, asked: bool, launcher_runs: boo
     """
     if seen is not None and not seen.is_over:  # the last element of an array publishes after its rank has ended
         return _judge_queued(marks, seen)
+    if seen is None and marks.owner is not None and not marks.status:  # it may have to publish yet
+        return _Judgement(RUNNING, "" if asked else "by its lock")
     if marks.has_ended and marks.status in (None, 0):
         return _Judgement(DONE, exit_status=0) if asked else _Judgement(UNKNOWN)
-    if seen is None and marks.owner is not None and marks.status is None:
-        return _Judgement(RUNNING, "" if asked else "by its lock")
     if seen is not None and seen.state == CANCELLED.upper():
         if seen.reason == NEVER_SATISFIED or (is_blocked and not marks.began and seen.reason == ""):
             return _Judgement(NEVER, seen.reason, exit_status=LaunchError.exit_status)
         saved = marks.problem if marks.status in STOPS and marks.problem.endswith(SAVED) else ""
         return _Judgement(CANCELLED, seen.state, saved, Preempted.exit_status)
+    is_forgotten = seen is None and asked and not launcher_runs
+    if is_forgotten and marks.status in (None, *STOPS) and BY_SOMEBODY.search(marks.log_error):
+        return _Judgement(CANCELLED, exit_status=Preempted.exit_status)
     if marks.status:
         state = STOPPED if marks.status in STOPS else FAILED
         return _Judgement(state, "" if seen is None else seen.state, marks.problem, marks.status)
@@ -269,7 +308,7 @@ def _judge_part(marks: Marks, seen: Seen | None, asked: bool, launcher_runs: boo
 
 def _judge_queued(marks: Marks, seen: Seen) -> _Judgement:
     """Judge what SLURM says waits or runs; of an earlier try it tells how that ended."""
-    before = _before(marks)
+    before = _before(marks, seen.state in WAITS)
     if seen.state not in WAITS:
         return _Judgement(RUNNING, "" if seen.state == RUNNING.upper() else seen.state, before)
     if seen.reason == NEVER_SATISFIED:
@@ -277,12 +316,18 @@ def _judge_queued(marks: Marks, seen: Seen) -> _Judgement:
     return _Judgement(WAITING, seen.reason if seen.reason != "None" else "", before)
 
 
-def _before(marks: Marks) -> str:
-    """Return how the last try that has ended did so, without what was advised then."""
+def _before(marks: Marks, waits: bool) -> str:
+    """Return how the last try that has ended did so.
+
+    Args:
+        waits: Whether none runs now; else one without a result is that which does.
+    """
+    if waits and marks.status is None and marks.tries:
+        return f"try {marks.tries}: {marks.log_error or 'it ended without a word'}"
     if not marks.problem:
         return ""
     number = marks.tries if marks.status is not None else marks.tries - 1
-    return f"try {max(number, 1)}: {ADVICE.split(marks.problem)[0]}"
+    return f"try {max(number, 1)}: {marks.problem}"
 
 
 def _judge_forgotten(marks: Marks, asked: bool, launcher_runs: bool) -> _Judgement:
@@ -303,6 +348,8 @@ def _judge_silent(marks: Marks, seen: Seen) -> _Judgement:
     if seen.state == "COMPLETED":
         return _Judgement(LOST, seen.state, "it left neither a result nor an artifact", LaunchError.exit_status)
     how = DIED.get(seen.state, "")
+    if seen.reason == "JobLaunchFailure" and not marks.log_error:
+        how = f"SLURM could not begin it there ({seen.reason}): root has to be on a disk that all nodes see"
     error = ": ".join(filter(None, [how, marks.log_error])) or "it left no reason; see its logs"
     return _Judgement(FAILED, seen.state, error, LaunchError.exit_status)
 
@@ -370,4 +417,5 @@ def _with_pace(status: TaskStatus, pace: Pace) -> TaskStatus:
         loss=pace.loss,
         tokens_per_s=pace.tokens_per_s,
         left_s=None if pace.left_s is None else round(pace.left_s, 1),
+        silent_s=None if pace.silent_s is None else round(pace.silent_s, 1),
     )

@@ -8,26 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import MANIFEST, WORK, atomic
+from pipeline.code import code_place, keep_code
 from pipeline.env import STOP_SIGNALS, StopRequest
 from pipeline.errors import ArtifactError, ConfigError, LaunchError
 from pipeline.execute import begin, check_disk, freeze, link
-from pipeline.jobs.batch import (
-    code_place,
-    environment,
-    keep_code,
-    needs_preflight,
-    preflight_asks,
-    preflight_words,
-    task_words,
-)
+from pipeline.jobs.batch import environment, needs_preflight, preflight_asks, preflight_words, task_words
 from pipeline.jobs.record import FROZEN, RECORD, JobRecord, TaskRecord, beginning, new_record, read_record, write_record
 from pipeline.jobs.refusals import Cluster, bounded, read_cluster, refusals, refuse_live, refuse_working, unseen
 from pipeline.jobs.sharing import deciding, unwant, who_else_wants
 from pipeline.jobs.words import say
 from pipeline.launch import scheduler
 from pipeline.launch.claim import Claim, forget_claim, live_claim, write_claim
-from pipeline.launch.lock import forget_tries
 from pipeline.launch.slurm import Slurm, is_array
+from pipeline.launch.tries import forget_tries
 from pipeline.operate import print_submitted
 from pipeline.perform import want, wanted
 from pipeline.plan import Command, Task
@@ -92,15 +85,9 @@ def submit_frozen(
         Preempted: If a signal asked for a stop; nothing stays submitted.
     """
     cluster = cluster or read_cluster()
-    refuse_live(root, planned.name)
-    refuse_working(tasks)
-    if problems := refusals(root, tasks, cluster, said):
-        raise ConfigError(*problems)
-    for task in tasks:
-        if not (Path(task.directory) / MANIFEST).exists():
-            check_disk(task, root)
-    if planned.code == str(code_place(root)):
-        keep_code(root)
+    _refuse(root, planned, tasks, cluster, said)
+    if planned.code and not Path(planned.code).exists():
+        keep_code(Path(planned.code))
     with StopRequest().listening(*STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT) as stop:
         with beginning(root, planned.name):
             refuse_live(root, planned.name)
@@ -117,6 +104,17 @@ def submit_frozen(
         record = submission.end()
     print_submitted(root, record, tasks)
     return record
+
+
+def _refuse(root: Path, planned: JobRecord, tasks: Sequence[FrozenTask], cluster: Cluster, said: Slurm | None) -> None:
+    """Raise what `submit_frozen` raises for a job that cannot be submitted now."""
+    refuse_live(root, planned.name)
+    refuse_working(tasks)
+    if problems := refusals(root, tasks, cluster, said):
+        raise ConfigError(*problems)
+    for task in tasks:
+        if not (Path(task.directory) / MANIFEST).exists():
+            check_disk(task, root)
 
 
 def say_stop() -> None:

@@ -11,12 +11,19 @@ from typing import Any
 from pipeline import errors
 from pipeline.artifact import WORK, write_json
 from pipeline.env import Share
-from pipeline.errors import ArtifactError, ConfigError, LaunchError, Lost, PipelineError
+from pipeline.errors import ArtifactError, ConfigError, LaunchError, Lost, PipelineError, TrainingError
 from pipeline.launch.output import newest_try, rank_log
 from pipeline.stage import HEARTBEATS
 
 LAST_LINES = 15
 OF_A_PEER = re.compile("Connection (?:closed|reset) by peer|remote process exited", re.IGNORECASE)
+
+
+def blame(status: int) -> int:
+    """Return how well an exit status tells what went wrong, best first: our own; a signal's, negated; any other's."""
+    if status in (ConfigError.exit_status, ArtifactError.exit_status, TrainingError.exit_status):
+        return 0
+    return 1 if status < 0 else 2
 
 
 def leave_reason(directory: Path, rank: int, error: PipelineError) -> None:
@@ -44,11 +51,12 @@ def forget_ranks(directory: Path, share: Share) -> None:
             (directory / WORK / name).unlink(missing_ok=True)
 
 
-def guessed_reason(directory: Path, rank: int, status: int) -> PipelineError:
+def guessed_reason(directory: Path, rank: int, status: int, node: str = "") -> PipelineError:
     """Say how a rank ended that left no reason, with the end of its log.
 
     Args:
         status: Its exit status, or the number of the signal that ended it, negated.
+        node: Where it ran, if there are several.
     """
     log = rank_log(directory, rank)
     last = "\n".join(newest_try(log)[-LAST_LINES:]).strip()
@@ -62,7 +70,8 @@ def guessed_reason(directory: Path, rank: int, status: int) -> PipelineError:
         how += f" ({found[0]}: another rank was gone first)"
     end = f"; the end of {log}:\n{last}" if last else ""
     kind = Lost if status < 0 else LaunchError
-    return kind(f"{directory}: rank {rank} {how}; the same command continues{hint}{end}")
+    who = f"rank {rank} on {node}" if node else f"rank {rank}"
+    return kind(f"{directory}: {who} {how}; the same command continues{hint}{end}")
 
 
 def short_of_memory(directory: Path) -> str:

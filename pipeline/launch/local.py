@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import IO, Literal
 
 from pipeline.artifact import WORK
+from pipeline.code import PACKAGE
 from pipeline.env import ATTEMPT, LAUNCHER, Share, StopRequest, cpus, reserved_port
-from pipeline.errors import Lost, Preempted
-from pipeline.launch.failures import forget_ranks, guessed_reason, left_reason
+from pipeline.errors import Preempted
+from pipeline.launch.failures import blame, forget_ranks, guessed_reason, left_reason
 from pipeline.launch.output import begin_try, heading, rank_log
+from pipeline.launch.silence import Silence
 from pipeline.progress import drop_unwritten
-from pipeline.stage import HEARTBEATS, Run
+from pipeline.stage import Run
 
 REDRAW = b"\r\x1b[2K"  # how a progress line begins
-PACKAGE = Path(__file__).resolve().parent.parent
 GRACE_S = 10.0  # what the ranks that are left get to end after one has failed
 
 
@@ -175,44 +176,9 @@ def _wait(ranks: "list[subprocess.Popen[bytes]]", silence: "Silence") -> int | N
     return _first(statuses) if failed is None and any(statuses) else failed
 
 
-class Silence:
-    """Looks now and then whether the ranks of a group still run at all; what one of them waits for they see themselves.
-
-    Where all of them are halted nobody else would notice.
-    """
-
-    def __init__(self, directory: Path, share: Share, timeout_s: float) -> None:
-        ranks = range(share.first, share.first + share.count)
-        self._directory = directory
-        self._files = [directory / WORK / HEARTBEATS / f"{rank:05d}" for rank in ranks]
-        self.limit_s, self.was_too_long = 2 * timeout_s + 30, False
-        self._next = 0.0
-
-    def is_too_long(self) -> bool:
-        """Return whether no rank's heartbeat has been written for too long, though none has come to its end."""
-        if time.monotonic() < self._next:
-            return False
-        self._next = time.monotonic() + 5
-        try:
-            if any(b'"end"' in path.read_bytes()[:128] for path in self._files):
-                return False
-            newest = max(path.stat().st_mtime for path in self._files)
-        except OSError:
-            return False
-        self.was_too_long = time.time() - newest > self.limit_s
-        return self.was_too_long
-
-    def error(self) -> Lost:
-        """Return what is said of ranks that were ended for it."""
-        return Lost(
-            f"{self._directory}: no rank gave a sign of life for {self.limit_s:g} s, so they were ended; the same "
-            "command continues"
-        )
-
-
 def _first(statuses: Sequence[int | None]) -> int:
-    """Return the rank to blame: one that a signal ended, before those that only lost their peer."""
-    return min((i for i, status in enumerate(statuses) if status), key=lambda i: (statuses[i] or 0) > 0)
+    """Return the rank to blame: one that says what is wrong, else that a signal ended, not one that lost its peer."""
+    return min((i for i, status in enumerate(statuses) if status), key=lambda i: blame(statuses[i] or 0))
 
 
 def _signal_all(ranks: "list[subprocess.Popen[bytes]]", number: int) -> None:

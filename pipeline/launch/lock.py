@@ -1,9 +1,9 @@
-"""Who works in the directory of a task: a lock with owner and heartbeat, and the number of the try.
+"""Who works in the directory of a task: a lock with owner and heartbeat.
 
 Two runs never write one directory. On one machine the kernel knows at once whether the owner of a lock is gone; across
 machines, where a file system may not tell, its heartbeat does. And should an owner that was taken for dead come back
-(a node that was cut off), the number of the try stops it: every write of a training looks whether its try is still the
-newest.
+(a node that was cut off), the number of the try stops it (`tries.py`): every write of a training looks whether its try
+is still the newest.
 """
 
 import fcntl
@@ -17,10 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import WORK, atomic
-from pipeline.errors import ArtifactError, LaunchError
+from pipeline.artifact import WORK
+from pipeline.errors import LaunchError
 from pipeline.launch import scheduler
-from pipeline.stage import ATTEMPT_FILE, CHECKPOINTS
 
 LOCK = "lock"
 BEAT_S = 10.0
@@ -32,7 +31,6 @@ SIGNATURE = {
     **{"words": str, "host": str, "pid": int, "job": str | None},
     **{"since": int, "cluster": str | None, "restarts": int},  # which older ones lack
 }
-TRIES = "tries.jsonl"  # in work/: what was done already when each try began
 
 
 @contextmanager
@@ -184,46 +182,3 @@ def _beat(descriptor: int, signature: bytes, released: threading.Event) -> None:
             if os.pread(descriptor, SIGNATURE_BYTES, 0) != signature:
                 return
             os.utime(descriptor)
-
-
-def begin_attempt(directory: Path, name: str = ATTEMPT_FILE) -> int:
-    """Return the number of a new try at the task in `directory`; those of earlier tries may no longer write there."""
-    path = directory / WORK / name
-    try:
-        number = int(path.read_text("ascii")) + 1
-    except FileNotFoundError:
-        number = 1
-    except ValueError as error:
-        raise ArtifactError(f"{path}: damaged ({error}); delete it if nobody else works here") from None
-    with atomic(path) as temporary:
-        temporary.write_text(str(number), "ascii")
-    return number
-
-
-def idle_tries(directory: Path, share: str) -> int:
-    """Note that a try begins; return how many have begun before it, one after another, with as much done as now.
-
-    Args:
-        share: Which ranks it is of: elements of an array are tried each for itself.
-    """
-    path, done = directory / WORK / TRIES, _done(directory)
-    rows = []
-    with suppress(FileNotFoundError):
-        for line in path.read_text("utf-8", errors="replace").splitlines():
-            with suppress(ValueError):  # of a line cut by a kill
-                rows.append(json.loads(line))
-    before = [row.get("done") for row in rows if isinstance(row, dict) and row.get("share") == share]
-    with open(path, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"share": share, "done": done, "where": place(), "time": round(time.time(), 3)}) + "\n")
-    return next((count for count, other in enumerate(reversed(before)) if other != done), len(before))
-
-
-def forget_tries(directory: Path) -> None:
-    """Let the count of tries without progress begin anew."""
-    (directory / WORK / TRIES).unlink(missing_ok=True)
-
-
-def _done(directory: Path) -> list[Any]:
-    """Return what tells how far a task is: its newest checkpoints, and how many units and ranks have ended."""
-    steps = sorted(str(path.relative_to(directory)) for path in (directory / CHECKPOINTS).rglob("step-*[0-9]"))
-    return [steps[-1:], *(len(list((directory / WORK / notes).glob("*.json"))) for notes in ("units", "ranks"))]

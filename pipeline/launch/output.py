@@ -1,12 +1,15 @@
 """What ranks print: a log for each, in which a line parts every try from the one before."""
 
 import os
+import re
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 TRY = "--- try "  # how that line begins
 TAIL_BYTES = 64 * 1024
+ERROR = re.compile(r"^(?:\S+: )?(?:error: .*|\w*(?:Error|Exception): .*|slurmstepd: .*)$")
+NODE_FAILED = re.compile(r"^srun: error: Node failure on (\S+)$")
 
 
 def rank_log(directory: Path, rank: int) -> Path:
@@ -47,3 +50,11 @@ def tail(path: Path, num_bytes: int = TAIL_BYTES) -> str:
     if size > num_bytes:
         text = text.partition(b"\n")[2] or text
     return text.decode("utf-8", errors="replace")
+
+
+def last_error(log: Path) -> str:
+    """Return the last line of a log that tells of an error of the newest try; a node that failed before all else."""
+    lines = [line.strip() for line in newest_try(log, 8192)]
+    if nodes := [found[1] for line in lines if (found := NODE_FAILED.match(line))]:
+        return f"node {', '.join(dict.fromkeys(nodes))} failed"
+    return next((line.removeprefix("error: ") for line in reversed(lines) if ERROR.match(line)), "")

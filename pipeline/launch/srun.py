@@ -12,14 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.artifact import WORK
+from pipeline.code import PACKAGE
 from pipeline.env import ATTEMPT, ATTEMPT_NAME, FIRST_RANK, LAUNCHER, Share, StopRequest, cpus, reserved_port
 from pipeline.errors import LaunchError, Lost, PipelineError, Preempted
 from pipeline.launch import scheduler
 from pipeline.launch.deadline import Deadline
-from pipeline.launch.failures import forget_ranks, guessed_reason, left_reason, short_of_memory
-from pipeline.launch.local import GRACE_S, PACKAGE, Silence
+from pipeline.launch.failures import blame, forget_ranks, guessed_reason, left_reason, short_of_memory
+from pipeline.launch.local import GRACE_S
 from pipeline.launch.lock import slurm_job
 from pipeline.launch.output import begin_try, heading, rank_log
+from pipeline.launch.silence import Silence
 from pipeline.launch.slurm import Slurm
 from pipeline.progress import tell
 from pipeline.stage import Stage
@@ -40,12 +42,8 @@ MOST_ERRORS = 3  # of srun in a message: the first tell why
 MOST_LOGS = 256  # of ranks, in which it is noted that a try begins: then rank 0's alone
 PATIENCE_S, AGAIN_S = 300.0, 5.0  # with a controller that takes no step, as while it is restarted
 ONE_REQUEST_S = 1.0  # in which signals to stop count as one
-SIGNALS = {
-    "Killed": signal.SIGKILL,
-    "Terminated": signal.SIGTERM,
-    "Aborted": signal.SIGABRT,
-    "Bus error": signal.SIGBUS,
-}
+TIME_IS_OVER = signal.SIGALRM  # what a stop is asked for with then; nobody sends it
+ASKED = signal.strsignal(signal.SIGUSR2)  # how a task ends that was asked to stop and does not listen
 
 
 def launch(directory: Path, run: Slurm, share: Share, attempt: tuple[int, str], stop: StopRequest) -> None:
@@ -79,7 +77,8 @@ def launch(directory: Path, run: Slurm, share: Share, attempt: tuple[int, str], 
             time.sleep(AGAIN_S)
     if step.status == 0:
         return
-    raise _reason(directory, run, share, step, silence, stop)
+    error = _reason(directory, run, share, step, silence, stop)
+    raise type(error)(f"{_cause(stop)}: {error}") if stop and isinstance(error, Preempted) else error
 
 
 def _begin_logs(directory: Path, share: Share, attempt: int) -> None:
@@ -163,7 +162,7 @@ class Step:
             if (found := pattern.match(line)) and found["node"] not in self.lost:
                 self.lost.append(found["node"])
         if (found := ENDED.match(line)) and not self._is_ending:
-            for task in _numbers(found["tasks"]):
+            for task in scheduler.numbers_of(found["tasks"]):
                 self.nodes[task] = found["node"]
                 self.failed.setdefault(task, found["how"].strip())
 
@@ -237,7 +236,7 @@ def _wait(directory: Path, share: Share, step: Step, silence: Silence, deadline:
             end, kills = now + GRACE_S, kills + 1
         if not stop and deadline.is_near():
             tell(f"{directory}: the time of this job is nearly over: its state is saved")
-            stop.ask(signal.SIGUSR2)
+            stop.ask(TIME_IS_OVER)
         if stop and asked == float("inf"):
             asked = now
             step.ask()
@@ -280,27 +279,32 @@ def _reason(
         if "Unable to confirm allocation" in step.said or scheduler.FOR_THE_MOMENT.search(step.said):
             return Lost(f"{directory}: srun: {step.said}; the same command continues")
         return LaunchError(f"{directory}: srun exited with status {step.status}: {step.said or 'it said nothing'}")
-    guessed = guessed_reason(directory, share.first + failed, _status(how))
+    guessed = guessed_reason(directory, share.first + failed, _status(how), step.nodes.get(failed, ""))
     if run.nodes > 1 and isinstance(guessed, LaunchError):  # of a machine that went its peers hear first
         return Lost(str(guessed))
     return guessed
 
 
 def _blamed(step: Step) -> int | None:
-    """Return the task to blame: one that a signal ended, before those that only lost their peer."""
-    return min(step.failed, key=lambda task: step.failed[task].startswith("Exited"), default=None)
+    """Return the task to blame: one that says what is wrong, else that a signal ended, not one that lost its peer.
+
+    Last comes what died of our own request to stop, as before it listened, or after it had stopped listening.
+    """
+    how = step.failed
+    return min(how, key=lambda task: (how[task] == ASKED, blame(_status(how[task]))), default=None)
+
+
+def _cause(stop: StopRequest) -> str:
+    """Return why a stop was asked for, as far as the launcher can tell."""
+    first = signal.Signals(stop.came[0])
+    return "its time was nearly over" if first == TIME_IS_OVER else f"told to stop ({first.name})"
 
 
 def _status(how: str) -> int:
     if found := re.search(r"exit code (\d+)", how):
         return int(found[1])
-    return -next((number for name, number in SIGNALS.items() if how.startswith(name)), signal.SIGSEGV)
-
-
-def _numbers(text: str) -> list[int]:
-    """Return the numbers of "0,3-5"."""
-    spans = [part.partition("-")[::2] for part in text.split(",")]
-    return [n for first, last in spans for n in range(int(first), int(last or first) + 1)]
+    name = how.removesuffix(" (core dumped)")
+    return -next((number for number in signal.Signals if signal.strsignal(number) == name), signal.SIGSEGV)
 
 
 def is_in_allocation() -> bool:

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from pipeline.jobs.evidence import is_running, last_error, read_evidence
+from pipeline.jobs.evidence import is_running, read_evidence
 from pipeline.jobs.record import TaskRecord
 from pipeline.launch.lock import locked
-from pipeline.launch.output import tail
+from pipeline.launch.output import last_error, tail
 
 
 def record(directory, ranks=1, is_array=False):
@@ -47,6 +47,9 @@ def test_a_result_counts_only_if_nothing_was_submitted_or_begun_after_it(tmp_pat
     (marks,) = read(tmp_path).marks.values()
     assert (marks.status, marks.problem, marks.began) == (75, "saved", True)
     write(tmp_path / "work/attempt", "2", age_s=60)
+    (marks,) = read(tmp_path).marks.values()
+    assert (marks.status, marks.problem) == (None, "")
+    (tmp_path / "work/result.json").rename(tmp_path / "work/previous.json")  # as a try begins
     (marks,) = read(tmp_path).marks.values()
     assert (marks.status, marks.problem) == (None, "saved")  # how the try before this one ended
     write(tmp_path / "work/task.json", {"stage": {}}, age_s=50)
@@ -113,6 +116,8 @@ def test_progress_of_an_array_is_that_of_all_its_elements_once_all_have_begun(tm
     note(tmp_path, 1, 2, 6, left_s=50.0, age_s=100)
     note(tmp_path, 2, 1, 5, left_s=80.0, age_s=100)
     assert read(tmp_path, ranks=3, is_array=True).pace.left_s == 0
+    note(tmp_path, 0, 5, 5, left_s=None)  # one that has ended
+    assert read(tmp_path, ranks=3, is_array=True).pace.left_s == 0
     note(tmp_path, 2, 0, 5)
     assert read(tmp_path, ranks=3, is_array=True).pace.left_s is None
     (tmp_path / "work/progress/00002.json").write_text('{"done": 1')  # is being written
@@ -164,10 +169,28 @@ def test_a_process_that_ended_and_one_that_got_its_number_since_are_not_it():
     assert not is_running(process.pid, time.time())
 
 
+def test_a_training_whose_last_step_is_long_ago_is_silent(tmp_path):
+    write(tmp_path / "work/task.json", {"stage": {"steps": 1000}})
+    for ago_s, silent in ((20, False), (50, True)):
+        times = [time.time() - ago_s - 10 + step for step in range(11)]
+        rows = [{"step": step, "time": when, "loss": 1.0} for step, when in enumerate(times, 1)]
+        write(tmp_path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        assert (read(tmp_path).pace.silent_s is not None) == silent
+    assert read(tmp_path).pace.silent_s == pytest.approx(50, abs=5)
+    slow = [{"step": step, "time": time.time() - 50 - 6 * (3 - step), "loss": 1.0} for step in range(1, 4)]
+    write(tmp_path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in slow))
+    assert read(tmp_path).pace.silent_s is None  # its steps take six seconds
+
+
 def test_the_last_error_of_a_log_is_found(tmp_path):
     log = tmp_path / "job.log"
     write(log, "one\nerror: n1: first\nTraceback (most recent call last):\nValueError: second\nbye\n")
     assert last_error(log) == "ValueError: second"
+    write(
+        log,
+        "srun: error: Node failure on n2\nslurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED DUE TO NODE FAILURE ***\n",
+    )
+    assert last_error(log) == "node n2 failed"
     write(log, "nothing wrong\nan error: in the middle of words\n")
     assert last_error(log) == ""
     assert last_error(tmp_path / "none") == ""

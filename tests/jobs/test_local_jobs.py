@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import subprocess
@@ -54,6 +55,14 @@ def test_a_job_on_this_machine_is_cancelled_and_a_retry_continues_it(root):
         run_pipeline(*TRAINING, f"root={root}", status=4),
     ):
         assert f"under way (process {job.pid} on " in again.stderr
+    record = root / "jobs/tiny/job.json"
+    here = record.read_text()
+    elsewhere = here.replace(f'"host": "{os.uname().nodename}"', '"host": "elsewhere"')
+    assert elsewhere != here
+    record.write_text(elsewhere)  # as seen from another machine, which knows of it by its locks alone
+    assert "is working in it" in run_pipeline(*TRAINING, f"root={root}", status=4).stderr
+    assert record.read_text() == elsewhere
+    record.write_text(here)
     words = [sys.executable, "-m", "pipeline", "cancel", "tiny", f"root={root}"]
     with subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as cancel:
         assert cancel.stdout is not None
@@ -95,10 +104,14 @@ def test_a_retry_of_other_raw_files_is_refused(root, tmp_path):
     shutil.copy(PROJECT / "tests/data/topics.jsonl", data)
     few = [f"~tasks.{task}" for task in ("evaluate", "generate", "export", "report")]
     words = ("job=tiny", *few, f"tasks.finetune.data={data}", "tasks.finetune.label_field=none", f"root={root}")
-    run_pipeline(*words, "tasks.pretrain.steps=1", "tasks.pretrain.validate_every_steps=null", status=3)
+    more = ("tasks.pretrain.steps=1", "tasks.pretrain.validate_every_steps=null")
+    run_pipeline(*words, *more, status=3)
     data.write_text('{"text": "x", "label": "games", "split": "train"}\n')
     refused = run_command("retry", "tiny", f"root={root}", status=2).stderr
     assert "tasks.finetune.data: its files have changed since the job was started" in refused
+    assert "start that: python -m pipeline " in refused
+    assert f" {shlex.join(words[:-1])} " in refused
+    assert refused.endswith(f"{shlex.join((*more, words[-1]))}\n")
 
 
 def test_watching_on_a_terminal_ends_with_the_job(root):

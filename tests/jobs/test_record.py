@@ -6,9 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.jobs.record import _moved, read_record
+from pipeline.errors import ArtifactError
+from pipeline.jobs.record import JobRecord, _moved, mark_cancelled, read_frozen, read_record, write_record
+from pipeline.settings import decode
 from pipeline.worker import FrozenTask
 
+FROZEN = {
+    "name": "a",
+    "job": "night",
+    "stage": {"kind": "clean", "corpus": "corpus"},
+    "inputs": {},
+    "fingerprint": "0",
+    "directory": "/old/root/corpus/a-0",
+    "run": {"kind": "local"},
+    "tracker": {"kind": "jsonl"},
+}
 TASK = {"name": "a", "kind": "clean", "directory": "/old/root/corpus/a-0", "fingerprint": "0", "needs": [], "ranks": 1}
 RECORD = {"name": "night", "launcher": "slurm", "command": [], "directory": "/old", "commit": None, "submitted": ""}
 
@@ -39,6 +51,27 @@ def test_what_runs_for_a_root_is_not_that_of_its_copy(tmp_path):
     assert found("copy") == (None, None, None)
     shutil.rmtree(tmp_path / "first")
     assert found("copy") == (5, "7", "6")  # it was moved
+
+
+def test_what_cancel_ended_is_noted_in_the_record_until_it_is_submitted_anew(tmp_path):
+    tasks = [{**TASK, "slurm": "7"}, {**TASK, "name": "b", "slurm": "8"}]
+    record = decode(JobRecord, {**RECORD, "submitted": "2026-01-01T00:00:00+00:00", "tasks": tasks})
+    write_record(tmp_path, record, [])
+    mark_cancelled(tmp_path, "night", ["b"])
+    first, second = read_record(tmp_path, "night").tasks
+    assert (first.slurm, first.cancelled, second.slurm) == ("7", None, "8")
+    assert second.cancelled is not None
+    assert second.cancelled > record.submitted
+
+
+def test_tasks_of_another_start_are_not_taken_for_those_of_the_record(tmp_path):
+    """As after a kill between the two files."""
+    record, frozen = decode(JobRecord, {**RECORD, "tasks": [TASK]}), decode(FrozenTask, FROZEN)
+    write_record(tmp_path, record, [frozen])
+    assert [task.fingerprint for task in read_frozen(tmp_path, record)] == ["0"]
+    write_record(tmp_path, record, [frozen.model_copy(update={"fingerprint": "1"})])
+    with pytest.raises(ArtifactError, match=r"tasks\.json: is of another start of the job than job\.json beside it"):
+        read_frozen(tmp_path, record)
 
 
 @pytest.mark.parametrize("root", ["root", "../old/root", "/old/root"])  # as it was said in /old

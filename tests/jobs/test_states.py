@@ -7,9 +7,10 @@ import pytest
 
 from pipeline.jobs.evidence import Evidence, Marks, Pace
 from pipeline.jobs.look import look
+from pipeline.jobs.notes import describe, note
 from pipeline.jobs.record import JobRecord, TaskRecord
 from pipeline.jobs.states import JobStatus, judge
-from pipeline.jobs.status import _Found, _page, _text, describe, hints, note
+from pipeline.jobs.status import _Found, _page, _text, hints
 from pipeline.jobs.wait import _line
 from pipeline.launch.claim import Claim
 from pipeline.launch.scheduler import Seen
@@ -81,7 +82,7 @@ def test_a_requeued_job_tells_its_try_and_how_the_last_one_ended():
     killed = "rank 0 was ended by SIGKILL; the same command continues; if nobody sent that; the end of x.log:\nlast"
     again = one(marks(problem=killed, began=True, tries=2), Seen("7", "RUNNING", "None", "n1"))
     assert describe(again) == "running, try 2"
-    assert (again.nodes, again.tries, again.error) == ("n1", 2, "try 1: rank 0 was ended by SIGKILL")
+    assert (again.nodes, again.tries, again.error) == ("n1", 2, f"try 1: {killed}")
     failed = one(marks(problem=killed, status=4, began=True, tries=2), Seen("7", "FAILED"))
     assert failed.error == killed
     assert note(failed).endswith("; if nobody sent that")
@@ -197,15 +198,15 @@ def test_what_waits_says_for_what_in_plain_words():
 def failed_job(tmp_path, why, state="FAILED", **more):
     (tmp_path / "model/a-0/logs").mkdir(parents=True, exist_ok=True)
     made = task("a", **more).model_copy(update={"directory": str(tmp_path / "model/a-0")})
-    words = ["job=night", "run=slurm", "tasks.a.name=two words", "root=elsewhere"]
-    job = record(made).model_copy(update={"command": words})
+    words = ["job=night", "run=slurm", "tasks.a.name=two words", "name=job", "root=elsewhere"]
+    job = record(made).model_copy(update={"command": words, "directory": str(Path.cwd())})
     seen = Seen("7", state, "DependencyNeverSatisfied" if state == "CANCELLED" else "")
     return JobStatus(job, judge(job, {"a": why}, {"7": seen}))
 
 
 def test_a_job_that_failed_says_how_to_go_on_with_and_without_a_change(tmp_path):
     again = f"continue with the same settings: python -m pipeline retry job root={tmp_path}"
-    anew = "after changing a setting:        python -m pipeline job=night run=slurm 'tasks.a.name=two words'"
+    anew = "after changing a setting:        python -m pipeline job=night run=slurm 'tasks.a.name=two words' name=job"
     why, *rest = hints(failed_job(tmp_path, marks(status=4, problem="out of memory", began=True)), tmp_path)
     assert why == f"why: python -m pipeline logs job.a root={tmp_path}"
     assert rest == [again, f"{anew} root={tmp_path}"]
@@ -296,6 +297,61 @@ def test_an_array_that_is_being_published_runs():
     ended = Marks(has_ended=True, status=0, began=True)
     found = array(ended, ended, seen=[Seen("7_0", "COMPLETED"), Seen("7_1", "RUNNING")])
     assert (found.state, found.elements) == ("running", {"done": 1, "running": 1})
+
+
+def test_a_try_that_left_no_word_is_told_by_its_log_and_not_by_an_older_one():
+    lost = marks(began=True, tries=2, problem="after step 5, state saved", log_error="node n2 failed")
+    assert one(lost, Seen("7", "PENDING", "BeginTime")).error == "try 2: node n2 failed"
+    silent = marks(began=True, tries=2)
+    assert one(silent, Seen("7", "PENDING", "BeginTime")).error == "try 2: it ended without a word"
+    assert one(NOTHING, Seen("7", "PENDING", "Priority")).error == ""
+
+
+def test_what_was_cancelled_stays_so_when_slurm_has_forgotten_it():
+    stopped = marks(began=True, status=75, problem="evaluate after 3 of 90 batches; it will begin again")
+    for evidence in (stopped, marks(began=True), NOTHING):
+        assert one(evidence, cancelled="2026-01-02").state == "cancelled"
+        assert one(evidence, cancelled="2025-12-31").state != "cancelled"  # before it was submitted anew
+        assert one(evidence, cancelled="2026-01-02").error == ""
+    saved = marks(began=True, status=75, problem="after step 5, state saved")
+    assert one(saved, cancelled="2026-01-02").error == "after step 5, state saved"
+    assert one(marks(status=3, problem="disk", began=True), cancelled="2026-01-02").state == "failed"
+    assert one(DONE, cancelled="2026-01-02").state == "done"
+    assert one(NOTHING, Seen("7", "RUNNING"), cancelled="2026-01-02").state == "running"  # it saves its state
+    assert one(NOTHING, Seen("7", "RUNNING"), cancelled="2026-01-02", shared_with="b").state == "cancelled"
+
+
+def test_what_somebody_cancelled_is_told_by_its_log_when_slurm_has_forgotten_it():
+    line = "slurmstepd-n1: error: *** JOB 142 ON n1 CANCELLED AT 2026-11-23T00:01:59{} ***"
+    by_hand, by_slurm = (line.format(why) for why in ("", " DUE TO TIME LIMIT"))
+    for status in (None, 75):
+        assert one(marks(began=True, status=status, log_error=by_hand)).state == "cancelled"
+    assert one(marks(began=True, log_error=by_slurm)).state == "lost"
+    assert one(marks(began=True, status=3, problem="disk", log_error=by_hand)).state == "failed"
+    assert one(marks(began=True, log_error=by_hand), None).state == "unknown"
+
+
+def test_a_node_that_cannot_write_the_log_is_told_from_other_failures():
+    found = one(NOTHING, Seen("7", "FAILED", "JobLaunchFailure", "n1"))
+    assert (found.state, found.nodes) == ("failed", "n1")
+    assert "(JobLaunchFailure): root has to be on a disk that all nodes see" in found.error
+
+
+def test_a_silent_training_has_neither_speed_nor_an_end():
+    pace = Pace(5, 10, "steps", tokens_per_s=7.0, left_s=3.0, silent_s=50.0)
+    running = one(Evidence(marks={"": Marks(began=True)}, pace=pace), Seen("7", "RUNNING"))
+    assert (running.silent_s, running.tokens_per_s, running.left_s) == (50.0, None, None)
+    over = one(Evidence(marks={"": Marks(began=True, status=75)}, pace=pace), Seen("7", "FAILED"))
+    assert (over.silent_s, over.tokens_per_s) == (None, 7.0)
+
+
+def test_what_another_machine_publishes_runs():
+    working = {"began": True, "status": 0, "owner": "process 5 on n1"}
+    assert one(marks(**working), slurm=None).state == "running"
+    ended = Marks(has_ended=True, status=0, began=True)
+    publishing = Marks(has_ended=True, **working)
+    assert array(ended, publishing).state == "running"
+    assert array(ended, ended).state == "lost"
 
 
 def test_an_array_whose_publishing_failed_is_no_success():

@@ -222,7 +222,9 @@ def test_a_rank_that_has_printed_nothing_in_this_try_gives_way_to_the_log_of_its
     (failed.directory / "logs/job-00001.log").unlink()
     failed_so = "night.clean failed: element 1: part 7 is damaged\n"
     assert failed.logs(capfd).err == f"{nothing.removesuffix('; ')}\n{failed_so}"
-    assert failed.logs(capfd, "--job").err == f"night.clean: its SLURM job has printed nothing\n{failed_so}"
+    assert failed.logs(capfd, "--job").err == f"{failed.directory}/logs/job-00001.log is not there\n{failed_so}"
+    (failed.directory / "logs/rank-00001.log").unlink()
+    assert failed.logs(capfd).err == f"{failed.directory}/logs/rank-00001.log is not there\n{failed_so}"
 
 
 def test_logs_of_a_task_whose_nodes_were_refused_are_those_of_the_preflight(root, capfd):

@@ -12,8 +12,9 @@ import pytest
 from pipeline.env import Share
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.launch.failures import guessed_reason, leave_reason, left_reason
-from pipeline.launch.local import Silence, _first, _pump
+from pipeline.launch.local import _first, _pump
 from pipeline.launch.lock import locked
+from pipeline.launch.silence import Silence
 
 
 def test_a_directory_is_locked_against_a_second_run(tmp_path):

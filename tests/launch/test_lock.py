@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from pipeline.errors import ArtifactError, LaunchError
+from pipeline.errors import LaunchError
 from pipeline.launch import lock
-from pipeline.launch.lock import age_s, begin_attempt, forget_tries, idle_tries, locked, read_owner
+from pipeline.launch.lock import age_s, locked, read_owner
 
 ELSEWHERE = {"words": "process 7 on another-host", "host": "another-host", "pid": 7, "job": None}
 
@@ -210,30 +210,3 @@ def test_a_damaged_signature_holds_nobody_up(tmp_path):
 def test_locks_of_other_names_do_not_exclude_one_another(tmp_path):
     with locked(tmp_path), locked(tmp_path, "lock-00003"):
         assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["lock", "lock-00003"]
-
-
-def test_tries_are_numbered_and_a_damaged_number_is_said(tmp_path):
-    (tmp_path / "work").mkdir()
-    assert [begin_attempt(tmp_path) for _ in range(3)] == [1, 2, 3]
-    assert begin_attempt(tmp_path, "attempt-00003") == 1
-    (tmp_path / "work/attempt").write_text("x")
-    with pytest.raises(ArtifactError, match=r"attempt: damaged \(invalid literal"):
-        begin_attempt(tmp_path)
-
-
-def test_tries_without_progress_are_counted(tmp_path):
-    (tmp_path / "work").mkdir()
-    assert [idle_tries(tmp_path, "") for _ in range(3)] == [0, 1, 2]
-    (tmp_path / "checkpoints/step-00000005").mkdir(parents=True)
-    assert [idle_tries(tmp_path, "") for _ in range(2)] == [0, 1]
-    (tmp_path / "checkpoints/step-00000010").mkdir()
-    assert idle_tries(tmp_path, "") == 0
-    assert idle_tries(tmp_path, "-00003") == 0  # each element of an array for itself
-    (tmp_path / "work/units").mkdir()
-    (tmp_path / "work/units/a.json").touch()
-    assert [idle_tries(tmp_path, "") for _ in range(2)] == [0, 1]
-    with (tmp_path / "work/tries.jsonl").open("a") as stream:
-        stream.write('5\n[1]\n{"share": ""}\n{"share": "", "do')
-    assert idle_tries(tmp_path, "-00003") == 0
-    forget_tries(tmp_path)
-    assert idle_tries(tmp_path, "") == 0

@@ -12,9 +12,9 @@ from pipeline.env import Share, StopRequest
 from pipeline.errors import ArtifactError, LaunchError, Lost, Preempted, TrainingError
 from pipeline.launch import srun
 from pipeline.launch.failures import leave_reason
-from pipeline.launch.local import Silence
+from pipeline.launch.silence import Silence
 from pipeline.launch.slurm import Slurm
-from pipeline.launch.srun import Step, _blamed, _numbers, _reason, _status, launch, step_environment
+from pipeline.launch.srun import TIME_IS_OVER, Step, _blamed, _cause, _reason, _status, _wait, launch, step_environment
 
 ALL = Share(world=4, first=0, count=4)
 NO_CONTROLLER = (
@@ -57,16 +57,13 @@ def directory(tmp_path):
     return tmp_path
 
 
-def test_numbers_are_read_as_srun_abbreviates_them():
-    assert _numbers("0") == [0]
-    assert _numbers("0,3-5,9") == [0, 3, 4, 5, 9]
-
-
 def test_how_a_task_ended_is_an_exit_status_or_a_signal():
     assert _status("Exited with exit code 75") == 75
     assert _status("Killed") == -signal.SIGKILL
     assert _status("Bus error (core dumped)") == -signal.SIGBUS
     assert _status("Segmentation fault") == -signal.SIGSEGV
+    assert _status("Illegal instruction (core dumped)") == -signal.SIGILL
+    assert _status("Floating point exception") == -signal.SIGFPE
 
 
 def test_of_tasks_that_failed_one_that_a_signal_ended_is_to_blame():
@@ -74,7 +71,46 @@ def test_of_tasks_that_failed_one_that_a_signal_ended_is_to_blame():
     assert step.failed == {0: "Exited with exit code 1", 2: "Killed", 3: "Killed"}
     assert _blamed(step) == 2
     assert step.nodes[2] == "n2"
+    full = said("srun: error: n1: task 0: Exited with exit code 3\nsrun: error: n2: task 1: Segmentation fault\n", 139)
+    assert _blamed(full) == 0  # our own status, of a full disk
     assert _blamed(said("", 1)) is None
+
+
+def test_what_dies_of_being_asked_to_stop_before_it_listens_is_not_to_blame(directory):
+    script = (
+        "trap 'echo srun: error: n1: task 0: User defined signal 2 >&2; exit 140' USR2\n"
+        "echo srun: error: n1: task 1: Exited with exit code 1 >&2\n"
+        "while true; do sleep 0.05; done"
+    )
+    step = Step(["bash", "-c", script], os.environ)
+    _wait(directory, ALL, step, Silence(directory, ALL, 600), NeverNear(), StopRequest())
+    step.close()
+    assert step.failed == {1: "Exited with exit code 1", 0: "User defined signal 2"}
+    error = reason(directory, step, nodes=1)
+    assert type(error) is LaunchError
+    assert "rank 1 on n1 exited with status 1" in str(error)
+
+
+def test_what_was_asked_to_stop_when_it_had_stopped_already_has_its_reason(directory):
+    leave_reason(directory, 0, Preempted("after step 5, state saved"))
+    error = reason(directory, said("srun: error: n1: task 0: User defined signal 2\n", 140))
+    assert str(error) == "after step 5, state saved"
+
+
+def test_why_a_stop_was_asked_for_is_said():
+    stop = StopRequest()
+    stop.ask(signal.SIGTERM)
+    assert _cause(stop) == "told to stop (SIGTERM)"
+    stop = StopRequest()
+    stop.ask(TIME_IS_OVER)
+    stop.ask(signal.SIGTERM)
+    assert _cause(stop) == "its time was nearly over"
+
+
+def test_a_task_that_somebody_else_asked_to_stop_before_it_listened_is_begun_again(directory):
+    error = reason(directory, said("srun: error: n1: task 0: User defined signal 2\n", 140), nodes=1)
+    assert type(error) is Lost
+    assert "rank 0 on n1 was ended by SIGUSR2; the same command continues" in str(error)
 
 
 def test_what_dies_when_all_are_ended_is_not_to_blame():

@@ -103,16 +103,21 @@ def test_a_training_that_was_cancelled_requeued_and_retried_ends_in_the_same_bit
     waiting = start(cluster, printed, "wait", "tiny", f"root={root}")
     following = start(cluster, log, "logs", "tiny.pretrain", "--follow", f"root={root}")
     halt_after(job, tasks["pretrain"]["done"] + REACHED)
-    wait_until(lambda: "pretrain  running on " in printed.read_text(), 60, printed.read_text)
+    wait_until(lambda: "pretrain  running, try 2 on " in printed.read_text(), 60, printed.read_text)
     cluster.run("scontrol", "requeue", job.id("pretrain"))
     cluster.start_now(job.id("pretrain"))
     wait_until(lambda: bool(processes(job.id("pretrain"), RANK)), 60, job.what_is_there)
     signal_rank(job, signal.SIGSTOP)
-    wait_until(lambda: "pretrain  running, try 2 on " in printed.read_text(), 60, printed.read_text)
+    wait_until(lambda: "pretrain  running, try 3 on " in printed.read_text(), 60, printed.read_text)
     signal_rank(job, signal.SIGCONT)
     assert waiting.wait(120) == 0, printed.read_text()
     assert "pretrain  done" in printed.read_text()
     assert "export  done" in printed.read_text()
+    made = next(
+        line for line in printed.read_text().splitlines() if line.startswith("pretrain  ") and " steps, " in line
+    )
+    assert "validation loss " in made
+    assert printed.read_text().endswith(f"export: {root}/jobs/tiny/export\ntiny: done\n")
     assert following.wait(30) == 0, log.read_text()
     assert log.read_text().count("continues after step ") == 2  # the retry, and the requeue
     _, tasks = status_of(cluster, root)
@@ -128,11 +133,13 @@ def test_a_training_that_was_cancelled_requeued_and_retried_ends_in_the_same_bit
 
 def test_wait_ends_with_the_status_of_what_failed_and_dependents_say_why(cluster, new_root):
     root = new_root("root")
+    shutil.rmtree(next(root.glob("tokens/tokenize-*")))
     words = [word for word in TRAINING if "max_epochs" not in word]
-    run_pipeline(*words, "tasks.pretrain.steps=100000", f"root={root}", **cluster.env)  # more than there is text for
+    # more than there is text for, which shows when it is tokenized
+    run_pipeline(*words, "tasks.pretrain.steps=100000", f"root={root}", **cluster.env)
     found, without = status_of(cluster, root, PATH=str(root / "none"))  # as where there is no SLURM
     assert found["problem"].startswith("SLURM does not answer: ")
-    assert (without["tokenize"]["state"], without["export"]["state"]) == ("done", "unknown")
+    assert (without["dedup"]["state"], without["export"]["state"]) == ("done", "unknown")
     refused = run_command("retry", "tiny", f"root={root}", status=4, **cluster.env).stderr
     assert "a job of this name is under way" in refused
 
@@ -180,6 +187,25 @@ def test_what_never_began_is_cancelled_and_is_so_whatever_is_in_files_beside_it(
     cluster.wait_for(tasks["export"]["job_id"], "CANCELLED")
     _, tasks = status_of(cluster, root)
     assert [(tasks[name]["state"], tasks[name]["error"]) for name in ("pretrain", "export")] == by_command
+
+
+def test_a_sweep_is_looked_at_retried_and_cancelled_under_its_name(cluster, new_root):
+    root = new_root("root")
+    run_pipeline(
+        "-m", *TRAINING, "name=sw", "tasks.pretrain.seed=1,2", "run.flags=[--hold]", f"root={root}", **cluster.env
+    )
+    table = run_command("status", "sw", f"root={root}", **cluster.env).stdout.splitlines()
+    assert [line.split()[:2] for line in table[1:]] == [["sw-0", "waiting"], ["sw-1", "waiting"]]
+    held = run_command("retry", "sw", f"root={root}", status=4, **cluster.env).stderr.splitlines()
+    for name, line in zip(("sw-0", "sw-1"), held, strict=True):
+        assert line.startswith(f"error: {name}: pretrain is waiting (held; scontrol release ")
+    cancelled = run_command("cancel", "sw", f"root={root}", **cluster.env).stdout
+    assert cancelled.count(": cancelled, SLURM job ") == 4
+    over = run_command("wait", "sw", f"root={root}", status=75, **cluster.env).stdout
+    assert "\nsw-0: cancelled\n" in over
+    assert over.endswith("\nsw-1: cancelled\n")
+    again = run_command("status", "sw-1", f"root={root}", **cluster.env).stdout
+    assert " name=sw-1 " in again
 
 
 def test_an_element_that_was_cancelled_while_held_is_cancelled(cluster, new_root):

@@ -13,7 +13,8 @@ from support import PROJECT
 from pipeline.env import StopRequest
 from pipeline.errors import Lost
 from pipeline.launch import local
-from pipeline.launch.lock import begin_attempt, locked
+from pipeline.launch.lock import locked
+from pipeline.launch.tries import begin_attempt
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stalls")]
 
