@@ -218,7 +218,7 @@ def _judge_task(
         waits_for=_waits_for(task, needs, whole),
         error=whole.error,
         exit_status=whole.exit_status,
-        nodes=status.nodes or hosts,
+        nodes=status.nodes or ("" if whole.state == WAITING else hosts),  # of a try that is over nothing has to be said
         elements=dict(Counter(part.state for part in parts.values())) if task.is_array else {},
         element=_first_bad(parts) if task.is_array else None,
     )
