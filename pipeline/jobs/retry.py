@@ -25,7 +25,7 @@ from pipeline.jobs.states import RUNNING, JobStatus
 from pipeline.jobs.submit import submit_frozen
 from pipeline.jobs.words import expand, for_each, parse, say, say_again
 from pipeline.launch.local import Local
-from pipeline.operate import made_line
+from pipeline.operate import made_line, print_submitted
 from pipeline.perform import changed_sources
 from pipeline.worker import FrozenTask, commit
 
@@ -58,13 +58,15 @@ def _retry(root: Path, name: str) -> None:
             return
         _check_sources(left, again)
         if record.launcher == "slurm":
-            fresh = [
-                task.model_copy(update={"slurm": None, "preflight": None, "shared_with": None}) for task in record.tasks
-            ]
-            submit_frozen(root, record.model_copy(update={"tasks": fresh, "submitted": now()}), tasks)
-            return
-        _run_here(root, record, tasks)
-    print(f"{name}: done; {say(f'status {name}', root)} shows it")
+            fresh = {"slurm": None, "preflight": None, "shared_with": None, "cancelled": None}
+            planned = {"tasks": [task.model_copy(update=fresh) for task in record.tasks], "submitted": now()}
+            record = submit_frozen(root, record.model_copy(update=planned), tasks)
+        else:
+            _run_here(root, record, tasks)
+    if record.launcher == "slurm":
+        print_submitted(root, record, tasks)
+    else:
+        print(f"{name}: done; {say(f'status {name}', root)} shows it")
 
 
 def _refuse(root: Path, found: JobStatus) -> None:

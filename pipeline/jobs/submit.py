@@ -28,7 +28,7 @@ from pipeline.preflight import RESULT
 from pipeline.worker import FrozenTask, commit
 
 
-def submit(tasks: list[Task], command: Command, job: str | None) -> JobRecord:
+def submit(tasks: list[Task], command: Command, job: str | None) -> None:
     """Submit what is not done and is not being made already; all of it or, where SLURM refuses a task, nothing.
 
     Raises:
@@ -42,7 +42,7 @@ def submit(tasks: list[Task], command: Command, job: str | None) -> JobRecord:
     record, frozen = frozen_job(tasks, command, job)
     for line in unseen(command.run):
         print(line, flush=True)
-    return submit_frozen(root, record, frozen, cluster, command.run)
+    print_submitted(root, submit_frozen(root, record, frozen, cluster, command.run), frozen)
 
 
 def frozen_job(tasks: list[Task], command: Command, job: str | None) -> tuple[JobRecord, list[FrozenTask]]:
@@ -101,9 +101,7 @@ def submit_frozen(
         except BaseException as error:
             submission.undo(error)
             raise
-        record = submission.end()
-    print_submitted(root, record, tasks)
-    return record
+        return submission.end()
 
 
 def _refuse(root: Path, planned: JobRecord, tasks: Sequence[FrozenTask], cluster: Cluster, said: Slurm | None) -> None:
