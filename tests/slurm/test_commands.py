@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from submitted import Submitted, wait_until
 from support import MODEL_TASKS, PROJECT, run_command, run_pipeline
-from trainings import RANK, processes
+from trainings import RANK, only_process, processes
 
 STEPS = 300
 TRAINING = (
@@ -55,8 +55,7 @@ def halt_after(job, steps):
 
 
 def signal_rank(job, number):
-    (rank,) = processes(job.id("pretrain"), RANK)
-    os.kill(rank, number)
+    os.kill(only_process(job.id("pretrain"), RANK), number)
 
 
 def start(cluster, place, *words):

@@ -13,7 +13,7 @@ import sys
 import pytest
 from submitted import Submitted, wait_until
 from support import MODEL_TASKS, PROJECT, run_pipeline
-from trainings import RANK, processes
+from trainings import RANK, only_process
 from wandb_server import Server
 
 STEPS = 300
@@ -43,7 +43,7 @@ def test_a_training_that_is_requeued_is_one_run(cluster, tiny_tokens, tmp_path, 
     job = Submitted(cluster, root)
     directory = job.directory("pretrain")
     wait_until(lambda: list(directory.glob("checkpoints/step-*[0-9]")), 120, job.what_is_there)
-    (rank,) = processes(job.id("pretrain"), RANK)
+    rank = only_process(job.id("pretrain"), RANK)
     os.kill(rank, signal.SIGSTOP)  # however fast it is, it is requeued in its middle; SLURM wakes what it ends
     assert "(unfinished)" in sync(cluster, root, server)
     cluster.run("scontrol", "requeue", job.id("pretrain"))

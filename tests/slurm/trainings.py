@@ -110,6 +110,18 @@ def processes(job: str, word: str) -> list[int]:
     return found
 
 
+def only_process(job: str, word: str) -> int:
+    """Return the id of the one process that is found so; what it forks looks like it for a moment."""
+    found: list[int] = []
+
+    def is_alone() -> bool:
+        found[:] = processes(job, word)
+        return len(found) == 1
+
+    wait_until(is_alone, 60, lambda: f"{found}")
+    return found[0]
+
+
 def weights(directory: Path) -> dict[str, bytes]:
     """The bits of every tensor of a model."""
     from safetensors import safe_open
