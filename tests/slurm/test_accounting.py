@@ -109,7 +109,7 @@ def test_what_the_controller_has_forgotten_sacct_tells_and_without_it_the_direct
         states = cluster.run("sacct", "--noheader", "--allocations", "--format=State").stdout.split()
         return known == [f"{half}_1", f"{half}_2"] and not {"PENDING", "RUNNING"} & set(states)  # held ones are neither
 
-    wait_until(is_forgotten, 60, lambda: cluster.run("squeue", "--states=all").stdout)
+    wait_until(is_forgotten, 180, lambda: cluster.run("squeue", "--states=all").stdout)
     agree(judged(cluster, root), WITH_SACCT)
     # neither what a person likes to see nor the cluster that is asked as a rule changes that
     agree(judged(cluster, root, SQUEUE_PARTITION="low", SLURM_CLUSTERS="other"), WITH_SACCT)
