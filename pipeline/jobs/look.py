@@ -76,7 +76,7 @@ def _ids(records: Iterable[JobRecord]) -> set[str]:
                 jobs = {task.slurm} | ({claim.slurm} if claim and claim.slurm else set())
                 ids |= jobs | {f"{job}_{number}" for job in jobs for number in _silent(directory, task)}
         if record.allocation and any(not (Path(task.directory) / MANIFEST).exists() for task in record.tasks):
-            ids.add(record.allocation.partition("_")[0])
+            ids.add(scheduler.array_of(record.allocation))
     return ids
 
 
@@ -90,6 +90,6 @@ def _runs(record: JobRecord, seen: Mapping[str, Seen] | None) -> bool:
     """Return whether the process that runs a job lives: in a SLURM job of its own, SLURM says so."""
     if record.allocation is not None:
         return seen is not None and any(
-            not one.is_over for id, one in seen.items() if record.allocation in (id, id.partition("_")[0])
+            not one.is_over for id, one in seen.items() if record.allocation in (id, scheduler.array_of(id))
         )
     return launcher_runs(record)

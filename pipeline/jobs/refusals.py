@@ -102,7 +102,7 @@ def live_jobs(root: Path, name: str) -> list[str]:
     if cluster_of(record) not in (None, scheduler.cluster()):  # who submits such a task anew is told where to ask
         return []
     ids = {one for task in own(record) for one in (task.slurm, task.preflight) if one}
-    return sorted({seen.id.partition("_")[0] for seen in scheduler.look(ids).values() if not seen.is_over}, key=int)
+    return sorted({scheduler.array_of(seen.id) for seen in scheduler.look(ids).values() if not seen.is_over}, key=int)
 
 
 def refuse_live(root: Path, name: str) -> None:
@@ -273,16 +273,13 @@ def _too_much(task: FrozenTask, run: Slurm, cluster: Cluster, said: Slurm | None
         if name and name not in cluster.partitions:
             known = nearest(name, list(cluster.partitions))
             yield f"{_place('partition', task, said)}: no partition is called '{name}'{known}"
-    fewest, largest = run.elastic or run.nodes, max(cluster.partitions_of(run), key=_num_nodes, default=None)
+    fewest = run.elastic or run.nodes
+    largest = max(cluster.partitions_of(run), key=lambda one: one.num_nodes, default=None)
     if largest is not None and fewest > largest.num_nodes:
         yield (
             f"{_place('elastic' if run.elastic else 'nodes', task, said)}: wanted {fewest} nodes, but partition "
             f"'{largest.name}' has {largest.num_nodes}"
         )
-
-
-def _num_nodes(partition: Partition) -> int:
-    return partition.num_nodes
 
 
 def _place(setting: str, task: FrozenTask, said: Slurm | None) -> str:

@@ -114,8 +114,8 @@ def _entered(record: JobRecord) -> Iterator[None]:
 def _check_sources(tasks: Sequence[FrozenTask], again: str) -> None:
     """Refuse raw files that have changed. Raises ConfigError with each setting that names some."""
     problems = [
-        f"{setting}: its files have changed since the job was started, so that it would be another job; start that: "
-        f"{again}"
+        f"{setting}: its files have changed since the job was started, so that it would be another job; "
+        f"start that: {again}"
         for task in tasks
         for setting in changed_sources(task)
     ]

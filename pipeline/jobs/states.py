@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import Interrupted, LaunchError, Preempted
 from pipeline.jobs.evidence import Evidence, Marks, Pace, parts_of
 from pipeline.jobs.record import JobRecord, TaskRecord
-from pipeline.launch.scheduler import Seen
+from pipeline.launch.scheduler import Seen, array_of
 
 DONE, RUNNING, WAITING, UNKNOWN = "done", "running", "waiting", "unknown"
 FAILED, LOST, CANCELLED, STOPPED, NEVER = "failed", "lost", "cancelled", "stopped", "never started"
@@ -184,7 +184,7 @@ def _judge_task(
     needs: Sequence[TaskStatus],
 ) -> TaskStatus:
     job_id, shared = _job_of(task, evidence, seen)
-    here = {} if seen is None or job_id is None else {id: s for id, s in seen.items() if id.partition("_")[0] == job_id}
+    here = {} if seen is None or job_id is None else {id: s for id, s in seen.items() if array_of(id) == job_id}
     status = TaskStatus(
         name=task.name,
         kind=task.kind,
@@ -269,8 +269,8 @@ def _job_of(task: TaskRecord, evidence: Evidence, seen: Mapping[str, Seen] | Non
     """Return the SLURM job that makes a task, and which other job submitted that; it may have been submitted anew."""
     claim = evidence.claim
     if task.slurm is not None and claim is not None and claim.slurm not in (None, task.slurm) and seen is not None:
-        mine = [one for id, one in seen.items() if id.partition("_")[0] == task.slurm]
-        theirs = [one for id, one in seen.items() if id.partition("_")[0] == claim.slurm]
+        mine = [one for id, one in seen.items() if array_of(id) == task.slurm]
+        theirs = [one for id, one in seen.items() if array_of(id) == claim.slurm]
         if any(not one.is_over for one in theirs) and all(one.is_over for one in mine):
             return claim.slurm, claim.job
     return task.slurm, task.shared_with

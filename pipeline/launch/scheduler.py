@@ -295,17 +295,17 @@ def look(ids: Iterable[str], pauses_s: Sequence[float] = PATIENCE_S) -> dict[str
     if not wanted:
         return {}
     found: dict[str, Seen] = {}
-    jobs = sorted(set(map(_array_of, wanted)))
+    jobs = sorted(set(map(array_of, wanted)))
     one_more = jobs[0]  # of a single job that is forgotten squeue says that there is no such job, and fails
     for line in _squeue("%i|%T|%r|%N|%S", "--jobs", ",".join([*jobs, one_more]), pauses_s=pauses_s):
         job, state, reason, nodes, begins = line.split("|")
         found[job] = Seen(job, state, reason, nodes, begins)
-    if forgotten := wanted - set(map(_array_of, found)) - set(found):
-        found = _look_back(set(map(_array_of, forgotten)), pauses_s) | found
-    return {job: seen for job, seen in found.items() if {job, _array_of(job)} & wanted}
+    if forgotten := wanted - set(map(array_of, found)) - set(found):
+        found = _look_back(set(map(array_of, forgotten)), pauses_s) | found
+    return {job: seen for job, seen in found.items() if {job, array_of(job)} & wanted}
 
 
-def _array_of(job: str) -> str:
+def array_of(job: str) -> str:
     """Return the id of the whole array that an element is of; of any other job its own."""
     return job.partition("_")[0]
 
